@@ -1,0 +1,398 @@
+"""Modules: named parameters arranged in a tree, with PyTorch's names.
+
+A module is a plain object. Its parameters and submodules are its attributes, or items of its lists and dictionaries;
+nothing is registered, so `vars(module)` is all there is to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from . import backend, ops
+from .backend import Array
+from .tensor import Tensor
+
+
+class Parameter(Tensor):
+    """A tensor that belongs to a module and, unless `requires_grad=False`, is trained."""
+
+    __slots__ = ()
+
+    def __init__(self, data: Any, requires_grad: bool = True, dtype: Any = None) -> None:
+        super().__init__(data, requires_grad, dtype)
+
+
+class Module:
+    """The base of all layers and models: write `__init__` and `forward`; call the module itself.
+
+    `output_head` names the submodule that turns features into the model's answer, which `"all-linear"` leaves out.
+    """
+
+    training = True
+    output_head: str | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward()")
+
+    # the tree
+
+    def named_children(self) -> Iterator[tuple[str, Module | Parameter]]:
+        """The parameters and modules directly below, with their names ("0", "1" … in lists, keys in dictionaries)."""
+        for name, value in vars(self).items():
+            yield from _children(name, value)
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module ("") and all below it, each once, with dotted names."""
+        yield from self._walk(prefix, set())
+
+    def _walk(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
+        if id(self) in seen:
+            return
+        seen.add(id(self))
+        yield prefix, self
+        for name, child in self.named_children():
+            if isinstance(child, Module):
+                yield from child._walk(f"{prefix}.{name}" if prefix else name, seen)
+
+    def modules(self) -> Iterator[Module]:
+        """This module and all below it."""
+        return (module for _, module in self.named_modules())
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """All parameters with dotted names; one that is used twice (tied) comes once, under its first name."""
+        seen: set[int] = set()
+        for prefix, module in self.named_modules():
+            for name, child in module.named_children():
+                if isinstance(child, Parameter) and id(child) not in seen:
+                    seen.add(id(child))
+                    yield (f"{prefix}.{name}" if prefix else name), child
+
+    def parameters(self) -> Iterator[Parameter]:
+        """All parameters, each once."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def get_submodule(self, name: str) -> Module:
+        """The module with this dotted name; "" is this one.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for found, module in self.named_modules():
+            if found == name:
+                return module
+        raise ValueError(f"get_submodule: no module {name!r}; {closest(name, [n for n, _ in self.named_modules()])}")
+
+    def set_submodule(self, name: str, module: Module) -> None:
+        """Put `module` where the dotted name points, in place of what is there."""
+        *path, last = name.split(".")
+        parent: Any = self
+        for part in path:
+            parent = _step(parent, part)
+        if isinstance(parent, Module):
+            setattr(parent, last, module)
+        else:
+            parent[int(last) if isinstance(parent, list) else last] = module
+
+    # values
+
+    def state_dict(self) -> dict[str, Array]:
+        """Every parameter's array by name: the arrays themselves, not copies."""
+        return {name: parameter.data for name, parameter in self.named_parameters()}
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Take over the values in `state`, converted to each parameter's dtype and device.
+
+        Everything is checked before anything is changed.
+
+        Raises:
+            ValueError: names missing or unknown (with `strict`), or a shape that differs.
+        """
+        own = dict(self.named_parameters())
+        missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
+        if strict and (missing or extra):
+            raise ValueError(f"state_dict: missing {_some(missing)}; unexpected {_some(extra)}")
+        values = {name: backend.as_array(value) for name, value in state.items() if name in own}
+        for name, value in values.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"state_dict: {name} has shape {value.shape}, the model's is {own[name].shape}")
+        for name, value in values.items():
+            assign(own[name], value)
+
+    def to(self, device: str | ModuleType | None = None, dtype: Any = None) -> Module:
+        """Move all arrays to `"cpu"` or `"cuda"`, or convert the floats to a dtype: `to("cuda")`, `to(dtype="float64")`.
+
+        Gradients are dropped: they belong to the values that were.
+        """
+        if device is not None and dtype is None and _is_dtype(device):
+            device, dtype = None, device
+        for module in self.modules():
+            for name, value in list(vars(module).items()):
+                setattr(module, name, _convert(value, device, dtype))
+        return self
+
+    # switches
+
+    def train(self, mode: bool = True) -> Module:
+        """Training behaviour (dropout drops) for this module and all below."""
+        for module in self.modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Module:
+        """Inference behaviour: `train(False)`."""
+        return self.train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Module:
+        """Freeze (False) or unfreeze every parameter."""
+        for parameter in self.parameters():
+            parameter.requires_grad = requires_grad
+        return self
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def __repr__(self) -> str:
+        rows = [
+            f"  ({name}): " + repr(child).replace("\n", "\n  ")
+            for name, child in self.named_children()
+            if isinstance(child, Module)
+        ]
+        head = f"{type(self).__name__}({self.extra_repr()}"
+        return head + ("\n" + "\n".join(rows) + "\n" if rows else "") + ")"
+
+    def extra_repr(self) -> str:
+        """What stands in the brackets when the module is printed."""
+        return ""
+
+
+def _children(name: str, value: Any) -> Iterator[tuple[str, Module | Parameter]]:
+    if isinstance(value, Module | Parameter):
+        yield name, value
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _children(f"{name}.{i}", item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _children(f"{name}.{key}", item)
+
+
+def _step(parent: Any, part: str) -> Any:
+    if isinstance(parent, Module):
+        return getattr(parent, part)
+    return parent[int(part)] if isinstance(parent, list | tuple) else parent[part]
+
+
+def _convert(value: Any, device: Any, dtype: Any) -> Any:
+    """A module's attribute with its arrays moved and converted; parameters stay the same objects (ties survive)."""
+    if isinstance(value, Parameter):
+        value.data, value.grad = _convert(value.data, device, dtype), None
+        return value
+    if isinstance(value, list):
+        return [_convert(item, device, dtype) for item in value]
+    if isinstance(value, dict):
+        return {key: _convert(item, device, dtype) for key, item in value.items()}
+    if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, np.generic | Tensor):
+        if dtype is not None and backend.is_float(value.dtype):
+            value = value.astype(dtype)
+        return value if device is None else backend.move(value, device)
+    return value
+
+
+def _is_dtype(x: Any) -> bool:
+    try:
+        return np.dtype(x).name != "object"
+    except TypeError:
+        return False
+
+
+def assign(parameter: Tensor, value: Array) -> None:
+    """Give a parameter new values of its own dtype and device, in a fresh array: a graph that holds the old one, and
+    whoever else has it, keeps the old values."""
+    target = backend.get_namespace(parameter.data)
+    value = backend.move(value, target).astype(parameter.dtype)
+    parameter.data = value.copy() if not value.flags.c_contiguous else value
+
+
+def closest(name: str, existing: Iterable[str]) -> str:
+    """A sentence that names the existing names nearest to one that does not exist."""
+    import difflib
+
+    existing = [e for e in existing if e]
+    near = difflib.get_close_matches(name, existing, n=5, cutoff=0.4) or existing[:8]
+    return f"closest are {', '.join(map(repr, near))}" if near else "there are none"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ("nothing" if not names else ", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def uniform(rng: np.random.Generator, bound: float, shape: tuple[int, ...], dtype: Any = None) -> np.ndarray:
+    """Numbers in ±bound, drawn in float64 so that float32 and float64 models of one seed agree to rounding."""
+    return rng.uniform(-bound, bound, shape).astype(dtype or backend.get_default_dtype())
+
+
+class Linear(Module):
+    """y = x Wᵀ + b.
+
+    Args:
+        in_features, out_features: the sizes of x's and y's last axis.
+        bias: whether there is a b.
+        rng: a generator or seed for the start values, uniform in ±1/√in_features as in PyTorch; None: unpredictable.
+
+    Attributes:
+        weight: W, (out_features, in_features).
+        bias: b, (out_features,), or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: Any = None,
+        rng: np.random.Generator | int | None = None,
+    ) -> None:
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"Linear: in_features and out_features must be at least 1, got {in_features}, {out_features}")
+        self.in_features, self.out_features = in_features, out_features
+        rng, bound = backend.generator(rng), in_features**-0.5
+        self.weight = Parameter(uniform(rng, bound, (out_features, in_features), dtype))
+        self.bias = Parameter(uniform(rng, bound, (out_features,), dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)"""
+        return ops.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Embedding(Module):
+    """Rows of a table: ids (...) -> (..., embedding_dim). Start values are normal with deviation 1, as in PyTorch.
+
+    Attributes:
+        weight: (num_embeddings, embedding_dim).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: Any = None,
+        rng: np.random.Generator | int | None = None,
+    ) -> None:
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        values = backend.generator(rng).standard_normal((num_embeddings, embedding_dim))
+        self.weight = Parameter(values.astype(dtype or backend.get_default_dtype()))
+
+    def forward(self, ids: Any) -> Tensor:
+        """(...) integers -> (..., embedding_dim)"""
+        return ops.embedding(ids, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class LayerNorm(Module):
+    """(x − mean)/√(var + eps)·weight + bias over the last axis.
+
+    Attributes:
+        weight, bias: (normalized_shape,); start at 1 and 0.
+    """
+
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, dtype: Any = None) -> None:
+        self.normalized_shape, self.eps = normalized_shape, eps
+        dtype = dtype or backend.get_default_dtype()
+        self.weight = Parameter(np.ones(normalized_shape, dtype))
+        self.bias = Parameter(np.zeros(normalized_shape, dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)"""
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape}, eps={self.eps}"
+
+
+class RMSNorm(Module):
+    """x/√(mean(x²) + eps)·weight over the last axis.
+
+    Attributes:
+        weight: (normalized_shape,); starts at 1.
+    """
+
+    def __init__(self, normalized_shape: int, eps: float = 1e-6, dtype: Any = None) -> None:
+        self.normalized_shape, self.eps = normalized_shape, eps
+        self.weight = Parameter(np.ones(normalized_shape, dtype or backend.get_default_dtype()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)"""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape}, eps={self.eps}"
+
+
+class Dropout(Module):
+    """Zero each element with probability p while training, divide the rest by 1 − p.
+
+    Attributes:
+        rng: the generator the masks come from; a checkpoint keeps its state.
+    """
+
+    def __init__(self, p: float = 0.5, rng: np.random.Generator | int | None = None) -> None:
+        if not 0 <= p < 1:
+            raise ValueError(f"p: got {p}; a probability in [0, 1) is accepted")
+        self.p, self.rng = p, backend.generator(rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        return ops.dropout(x, self.p, self.training, self.rng)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class ReLU(Module):
+    """max(x, 0)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        return ops.relu(x)
+
+
+class Sequential(Module):
+    """Modules one after the other; their names are "0", "1" …"""
+
+    def __init__(self, *layers: Module) -> None:
+        for i, layer in enumerate(layers):
+            setattr(self, str(i), layer)
+
+    def __iter__(self) -> Iterator[Module]:
+        return (child for _, child in self.named_children() if isinstance(child, Module))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __getitem__(self, index: int) -> Module:
+        return list(iter(self))[index]
+
+    def forward(self, x: Any) -> Any:
+        """The last layer's output."""
+        for layer in self:
+            x = layer(x)
+        return x

@@ -1,0 +1,359 @@
+"""Tensor: a value, its gradient, and the operation it came from; `backward` walks that graph once, freeing it.
+
+The whole of reverse mode is here and knows no operation: ops.py builds nodes with `result`, each an output with one
+gradient function (vector–Jacobian product) for every parent that needs one. A parent that needs none is not part of
+the graph at all, so a frozen weight costs no gradient product and keeps no activation alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import backend
+from .backend import Array
+
+if TYPE_CHECKING:
+    from .graph import Graph
+
+GradFn = Callable[[Array], Any]
+_creation = itertools.count(1).__next__  # nodes are numbered as they are made: parents come before their children
+_grad_enabled = True
+
+
+class no_grad(contextlib.ContextDecorator):  # noqa: N801 - PyTorch's name
+    """Build no graph: `with no_grad(): ...`, or `@no_grad()` on a function."""
+
+    def __enter__(self) -> None:
+        global _grad_enabled
+        self._outer, _grad_enabled = (*getattr(self, "_outer", ()), _grad_enabled), False
+
+    def __exit__(self, *exception: object) -> None:
+        global _grad_enabled
+        *self._outer, _grad_enabled = self._outer
+
+
+def is_grad_enabled() -> bool:
+    """False inside `no_grad()`."""
+    return _grad_enabled
+
+
+# --- in-place safety --------------------------------------------------------------------------------------------------
+
+
+class Held:
+    """The arrays that a node's backward needs. While any node holds an array NumPy refuses to write to it.
+
+    So `x.data[0] = 1` between forward and backward raises at once ("assignment destination is read-only") instead of
+    giving a wrong gradient later; the array is writable again once backward has run or the graph is dropped. A view
+    made earlier of the same memory keeps NumPy's own flag and is not stopped. CuPy has no such flag; there only the
+    library's own writers (optimizers, merging), which ask `is_held` first, are safe.
+    """
+
+    __slots__ = ("arrays",)
+    live: dict[int, list] = {}  # id of an array -> [array, number of nodes holding it, writable before]
+
+    def __init__(self, arrays: list[Array]) -> None:
+        self.arrays = arrays
+        for array in arrays:
+            entry = Held.live.get(id(array))
+            if entry is not None:
+                entry[1] += 1
+                continue
+            writable = type(array) is np.ndarray and array.flags.writeable
+            Held.live[id(array)] = [array, 1, writable]
+            if writable:
+                array.setflags(False)
+
+    def __del__(self) -> None:
+        for array in reversed(self.arrays):  # the owner of memory before its views: NumPy asks for that order
+            entry = Held.live[id(array)]
+            entry[1] -= 1
+            if not entry[1]:
+                del Held.live[id(array)]
+                if entry[2] and (type(array.base) is not np.ndarray or array.base.flags.writeable):
+                    array.setflags(True)
+
+
+def is_held(array: Array) -> bool:
+    """True while a graph that has not run backward yet needs the values in `array`."""
+    return id(array) in Held.live
+
+
+# --- the tensor -------------------------------------------------------------------------------------------------------
+
+
+class Tensor:
+    """An array that remembers how it was computed.
+
+    Args:
+        data: an array (kept, not copied: library and dtype stay), or numbers in lists (floats take the default dtype).
+        requires_grad: whether `backward` leaves this tensor's gradient in `.grad`.
+        dtype: convert to this dtype first.
+
+    Attributes:
+        data: the array. Read-only while a graph needs it (see `Held`).
+        grad: dL/d(data), an array of the same shape and dtype; None before backward. Gradients of several backward
+            calls add up. Only leaves (tensors that no operation made) keep one.
+
+    Raises:
+        TypeError: not numbers, or `requires_grad` for integers.
+    """
+
+    __slots__ = ("__weakref__", "_backward", "_held", "_op", "_order", "_parents", "data", "grad", "requires_grad")
+
+    def __init__(self, data: Any, requires_grad: bool = False, dtype: Any = None) -> None:
+        self.data = backend.as_array(data.data if isinstance(data, Tensor) else data, dtype)
+        if requires_grad and not backend.is_float(self.data.dtype):
+            raise TypeError(f"requires_grad: only floats have gradients, got {self.data.dtype}; pass dtype='float32'")
+        self.requires_grad = requires_grad
+        self.grad: Array | None = None
+        self._op, self._parents, self._backward, self._held, self._order = "", (), None, None, 0
+
+    # what it looks like
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return self.data.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The array's dtype."""
+        return self.data.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return self.data.ndim
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self.data.size
+
+    @property
+    def is_leaf(self) -> bool:
+        """True for a tensor that no recorded operation made."""
+        return self._op == ""
+
+    def __len__(self) -> int:
+        if not self.data.ndim:
+            raise TypeError("len() of a tensor without axes")
+        return self.data.shape[0]
+
+    def __repr__(self) -> str:
+        values = np.array2string(backend.to_numpy(self.data), precision=4, separator=", ", prefix="Tensor(", threshold=64)
+        made_by = f", op={self._op}" if self._op else ", requires_grad=True" if self.requires_grad else ""
+        return f"Tensor({values}, shape={self.shape}, {self.dtype}{made_by})"
+
+    def graph(self) -> Graph:
+        """The computation graph that led here: an SVG picture in a notebook, `.dot` as text anywhere."""
+        from .graph import Graph
+
+        return Graph(self)
+
+    # as numbers and arrays
+
+    def item(self) -> float | int | bool:
+        """The one number in it; ValueError when there are more."""
+        if self.data.size != 1:
+            raise ValueError(f"item(): the tensor has {self.data.size} elements, shape {self.shape}; it needs one")
+        return self.data.item()
+
+    def numpy(self) -> np.ndarray:
+        """The values as a NumPy array (the same memory on the CPU, a copy from a device)."""
+        return backend.to_numpy(self.data)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if not isinstance(self.data, np.ndarray):
+            raise TypeError("implicit conversion of a device tensor to NumPy; call .numpy()")
+        return np.array(self.data, dtype=dtype, copy=copy)
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def detach(self) -> Tensor:
+        """The same values outside the graph."""
+        return Tensor(self.data)
+
+    def astype(self, dtype: Any) -> Tensor:
+        """A leaf with the values in another dtype."""
+        return Tensor(self.data, dtype=dtype)
+
+    def __setitem__(self, index: object, value: object) -> None:
+        raise TypeError("tensors are not assigned to: use ops.where, or write to .data outside a graph")
+
+    __hash__ = object.__hash__  # by identity: == compares elements
+
+    # reverse mode
+
+    def zero_grad(self) -> None:
+        """Forget the gradient."""
+        self.grad = None
+
+    def backward(self, grad: Any = None) -> None:
+        """Add dL/dx to `.grad` of every leaf x that requires it, where L = Σ grad · self, and free the graph.
+
+        Args:
+            grad: dL/d(self), of this tensor's shape; may be left out (1) when it has one element.
+
+        Raises:
+            RuntimeError: nothing here requires a gradient, or backward has already freed this graph.
+            ValueError: `grad` is missing or has another shape.
+        """
+        if not self.requires_grad:
+            raise RuntimeError("backward(): no tensor that made this one requires a gradient")
+        grad = self._seed_gradient(grad)
+        if self.is_leaf:
+            return self._accumulate(grad, owned=False)
+        counter = backend.flop_counter
+        if counter is not None:
+            counter.phase = "backward"
+        try:
+            _walk(self, grad, counter)
+        finally:
+            if counter is not None:
+                counter.phase = "forward"
+
+    def _seed_gradient(self, grad: Any) -> Array:
+        xp = backend.get_namespace(self.data)
+        if grad is None:
+            if self.data.size != 1:
+                raise ValueError(f"backward(): shape {self.shape} is not one number; pass grad of that shape, or .sum()")
+            return xp.ones_like(self.data)
+        grad = backend.as_array(grad.data if isinstance(grad, Tensor) else grad, self.dtype)
+        if grad.shape != self.shape:
+            raise ValueError(f"grad: got shape {grad.shape}, the tensor has {self.shape}")
+        return grad
+
+    def _accumulate(self, grad: Array, owned: bool) -> None:
+        """Add to a leaf's gradient. An array that something else may share is copied, so that `.grad` is its own."""
+        if self.grad is None:
+            self.grad = grad if owned else grad.copy()
+        else:
+            self.grad += grad
+
+
+def _walk(root: Tensor, grad: Array, counter: backend.FlopCounter | None) -> None:
+    """Reverse creation order is a topological order: every node's gradient is complete when its turn comes."""
+    nodes = _nodes(root)
+    grads = {root: grad}
+    owned: set[Tensor] = set()  # nodes whose gradient array belongs to this walk alone and may be added to in place
+    while nodes:
+        node = nodes.pop()
+        backward, parents, node._backward, node._parents = node._backward, node._parents, _freed, ()
+        g = grads.pop(node, None)
+        if g is None:  # only an integer-like path led here
+            node._held = None
+            continue
+        parent_grads = [f(g) for f in backward] if type(backward) is tuple else backward(g)
+        if counter is not None:
+            counter.credit(node._op)
+        backward = node._held = None  # the closures and what they held go before the next node allocates
+        for parent, p in zip(parents, parent_grads, strict=True):
+            if p is None:
+                continue
+            mine = p is not g and getattr(p, "base", None) is None
+            if parent._backward is None:
+                parent._accumulate(_array(p), mine)
+            elif parent not in grads:
+                grads[parent] = p
+                if mine:
+                    owned.add(parent)
+            elif parent in owned:
+                grads[parent] += p
+            elif mine:
+                p += grads[parent]
+                grads[parent] = p
+                owned.add(parent)
+            else:
+                grads[parent] = grads[parent] + p
+                owned.add(parent)
+        parent_grads = p = g = None
+
+
+def _nodes(root: Tensor) -> list[Tensor]:
+    """All recorded operations below `root`, oldest first; found with a list, not by recursion, so depth has no limit."""
+    seen, stack = {root}, [root]
+    while stack:
+        node = stack.pop()
+        if node._backward is _freed:
+            raise RuntimeError(
+                f"backward(): the graph of this {node._op!r} is freed, backward ran through it before; run forward again"
+            )
+        for parent in node._parents:
+            if parent._backward is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return sorted(seen, key=lambda node: node._order)
+
+
+def _freed(grad: Array) -> Iterator[Array]:
+    """Stands for the backward of a node whose graph is gone."""
+    raise RuntimeError("backward has already freed this graph")
+
+
+def _array(x: Array) -> Array:
+    """NumPy gives scalars where an array has no axes; gradients and values are always arrays."""
+    return np.asarray(x) if isinstance(x, np.generic) else x
+
+
+# --- what ops.py builds nodes with ------------------------------------------------------------------------------------
+
+
+def result(op: str, data: Array, *edges: tuple[Tensor, GradFn]) -> Tensor:
+    """The output of an operation, with `(parent, gradient function)` for each input.
+
+    A gradient function maps dL/d(output) to dL/d(parent). It may capture arrays (they are then held, see `Held`),
+    never tensors. Those of parents that need no gradient are dropped here, with all that they captured.
+    """
+    if _grad_enabled:
+        edges = tuple([edge for edge in edges if edge[0].requires_grad])
+        if edges:
+            parents, backward = zip(*edges, strict=True)
+            return _node(op, data, parents, backward, backward)
+    return _node(op, data, (), None, ())
+
+
+def joint_result(op: str, data: Array, parents: tuple[Tensor, ...], backward: Callable[[Array], tuple]) -> Tensor:
+    """As `result`, for an operation whose gradients share work: `backward` maps dL/d(output) to one gradient for each
+    parent, None where that parent needs none."""
+    if _grad_enabled and any([p.requires_grad for p in parents]):
+        return _node(op, data, parents, backward, (backward,))
+    return _node(op, data, (), None, ())
+
+
+def _node(op: str, data: Array, parents: tuple, backward: Any, closures: tuple) -> Tensor:
+    out = Tensor.__new__(Tensor)
+    out.data, out.grad, out._op, out._parents, out._backward = _array(data), None, op, parents, backward
+    if backward is None:
+        out.requires_grad, out._held, out._order, out._op = False, None, 0, ""
+    else:
+        out.requires_grad, out._order = True, _creation()
+        out._held = Held([c for f in closures for c in _captured(f)])
+    if backend.flop_counter is not None:
+        backend.flop_counter.credit(op)
+    return out
+
+
+def _captured(closure: Callable) -> Iterator[Array]:
+    """The arrays that a gradient function captured, read off its cells: no operation can forget to declare one."""
+    for cell in closure.__closure__ or ():
+        value = cell.cell_contents
+        if type(value) is np.ndarray:
+            yield value
+            if type(value.base) is np.ndarray:
+                yield value.base
+        elif hasattr(type(value), "nbytes") and not isinstance(value, np.generic):
+            yield value
