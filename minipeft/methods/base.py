@@ -1,0 +1,97 @@
+"""What every method is: five hooks, and a layer that stands in for a Linear.
+
+A new method is one file: its formulas as array functions, a layer (`AdapterLayer`) that uses them, a `Method` that
+wraps a Linear in that layer, and a config whose `build` returns the method. `get_peft_model` and `fit` do the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array
+from ..nn import Linear, Module, Parameter
+from ..tensor import Tensor
+
+
+class Method:
+    """A way of fine-tuning. Only `wrap` must be written; the other hooks do nothing unless a method needs them.
+
+    Attributes:
+        config: the config that built it.
+        adapter: the name of the adapter that `wrap` adds.
+        rng: the generator for start values and dropout.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.adapter = "default"
+        self.rng = np.random.default_rng(0)
+
+    def check(self, name: str, linear: Module) -> None:
+        """Raise ValueError if this Linear cannot be wrapped. Called for every target before anything is changed."""
+
+    def prepare(self, model: Module, batches: Iterable[Any] | None, loss_fn: Any) -> None:
+        """Called once before attaching; LoRA-GA estimates gradients here."""
+
+    def wrap(self, name: str, linear: Module) -> Module:
+        """The module that replaces `linear`, which is an nn.Linear or already this method's layer."""
+        raise NotImplementedError(f"{type(self).__name__} has no wrap()")
+
+    def penalty(self, model: Module) -> Tensor | None:
+        """A term that `fit` adds to the loss (AdaLoRA's orthogonality)."""
+        return None
+
+    def before_step(self, model: Module, step: int) -> None:
+        """Called by `fit` after backward and before the optimizer's step; `step` counts from 0."""
+
+    def after_step(self, model: Module, step: int) -> None:
+        """Called by `fit` after the optimizer's step (AdaLoRA re-allocates rank)."""
+
+
+class AdapterLayer(Module):
+    """A Linear with adapters beside it, any number of them, each with a name.
+
+    A subclass keeps its parameters in dictionaries by adapter name (`self.lora_A["default"]`), so that they are saved
+    under PEFT's names, and says in `delta` what an adapter adds to the weight.
+
+    Attributes:
+        base_layer: the frozen Linear.
+        active: names of the adapters that take part in forward.
+        merged: names of those whose `delta` is inside the weight now.
+        disabled: forward is the base layer's.
+    """
+
+    def __init__(self, base_layer: Linear) -> None:
+        self.base_layer = base_layer
+        self.active: list[str] = []
+        self.merged: list[str] = []
+        self.disabled = False
+
+    @property
+    def weight(self) -> Parameter:
+        """The base layer's W, (out, in)."""
+        return self.base_layer.weight
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of all adapters that this layer has."""
+        raise NotImplementedError
+
+    def delta(self, adapter: str) -> Array:
+        """What the adapter adds to W, (out, in)."""
+        raise NotImplementedError
+
+    def merge(self, adapters: list[str]) -> None:
+        """W ← W + Σ delta, in W's dtype; W gets a new array."""
+        for adapter in adapters:
+            if adapter in self.adapters:
+                self.weight.data = self.weight.data + self.delta(adapter).astype(self.weight.dtype)
+                self.merged.append(adapter)
+
+    def unmerge(self) -> None:
+        """W ← W − Σ delta. Rounding stays: W comes back near, not bit for bit."""
+        while self.merged:
+            self.weight.data = self.weight.data - self.delta(self.merged.pop()).astype(self.weight.dtype)

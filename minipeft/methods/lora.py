@@ -1,0 +1,410 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models. Hu et al. 2021 (arXiv 2106.09685).
+
+    h = W x + s·B A x        W (out, in) frozen, A (r, in), B (out, r), s = α/r        (paper eq. 3)
+
+Formulas first, as functions of plain arrays; then the layer that uses them; then the method and its config.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from .. import backend, ops
+from ..backend import Array, get_namespace
+from ..nn import Dropout, Linear, Module, Parameter
+from ..tensor import Tensor, joint_result
+from .base import AdapterLayer, Method
+
+# --- formulas ---------------------------------------------------------------------------------------------------------
+
+
+def lora_scaling(alpha: float, r: int, rslora: bool = False) -> float:
+    """s = α/r (Hu et al. 2021, section 4.1), or α/√r (rank-stabilized: Kalajdzievski 2023, eq. 8).
+
+    With α/r an update of rank r shrinks as r grows; with α/√r its size does not depend on r.
+    """
+    if r < 1:
+        raise ValueError(f"r: got {r}; at least 1 is accepted")
+    return alpha / (r**0.5 if rslora else r)
+
+
+def lora_delta(A: Array, B: Array, scaling: float) -> Array:
+    """ΔW = s·B A for A (r, in) and B (out, r): (out, in), of rank at most r. Hu et al. 2021, eq. 3."""
+    _check_factors(A, B)
+    return scaling * backend.matmul(B, A)
+
+
+def merge_lora(W: Array, A: Array, B: Array, scaling: float) -> Array:
+    """W + s·B A, in W's dtype (Hu et al. 2021, section 4.1, "no additional inference latency").
+
+    The sum is formed in A's and B's precision where that is wider than W's, and rounded once.
+    """
+    return _add_delta(W, A, B, scaling)
+
+
+def unmerge_lora(W: Array, A: Array, B: Array, scaling: float) -> Array:
+    """W − s·B A: undoes `merge_lora` up to rounding, not bit for bit."""
+    return _add_delta(W, A, B, -scaling)
+
+
+def _add_delta(W: Array, A: Array, B: Array, scaling: float) -> Array:
+    delta = lora_delta(A, B, scaling)
+    if delta.shape != W.shape:
+        raise ValueError(f"W: got shape {W.shape}; A {A.shape} and B {B.shape} make {delta.shape}")
+    return (W + delta).astype(W.dtype, copy=False)
+
+
+def _check_factors(A: Array, B: Array) -> None:
+    if A.ndim != 2 or B.ndim != 2 or B.shape[1] != A.shape[0]:
+        raise ValueError(f"A (r, in) and B (out, r): got {A.shape} and {B.shape}, whose r differ")
+
+
+INITS = ("kaiming", "gaussian", "gaussian_b", "both", "pissa", "olora")
+OFFSET_INITS = ("both", "pissa", "olora")  # B A ≠ 0 at the start: W gives up s·B A, so that outputs stay
+
+
+def init_lora(
+    out_features: int,
+    in_features: int,
+    r: int,
+    init: str = "gaussian",
+    rng: np.random.Generator | int | None = None,
+    dtype: Any = None,
+    W: Array | None = None,
+    scaling: float = 1.0,
+) -> tuple[Array, Array]:
+    """Start values for A (r, in) and B (out, r).
+
+    | init           | A                        | B            | source                                        |
+    |----------------|--------------------------|--------------|-----------------------------------------------|
+    | `"gaussian"`   | N(0, 1/r²)               | 0            | Hu et al. 2021, section 4.1; PEFT "gaussian"  |
+    | `"kaiming"`    | uniform in ±1/√in        | 0            | PEFT's default                                |
+    | `"gaussian_b"` | 0                        | N(0, 1/r²)   | the other way round                           |
+    | `"both"`       | N(0, 1/r²)               | N(0, 1/r²)   | the caller subtracts s·B A from W             |
+    | `"pissa"`      | √(S_r/s) V_rᵀ            | U_r √(S_r/s) | W's first r singular directions: Meng 2024    |
+    | `"olora"`      | R's first r rows         | Q's columns  | W = Q R: Büyükakyüz 2024                      |
+
+    For the last three the caller subtracts s·B A from W; `"pissa"` and `"olora"` take that W (and `scaling`, s).
+
+    Raises:
+        ValueError: r outside 1 … min(out, in), an unknown init, or W missing.
+    """
+    check_r("r", r, out_features, in_features)
+    dtype = np.dtype(dtype or backend.get_default_dtype())
+    if init in ("pissa", "olora"):
+        if W is None or W.shape != (out_features, in_features):
+            raise ValueError(f"W: init {init!r} needs the weight ({out_features}, {in_features}), got {np.shape(W)}")
+        A, B = _pissa(W, r, scaling) if init == "pissa" else _olora(W, r)
+        return A.astype(dtype), B.astype(dtype)
+    rng = backend.generator(rng)
+    gaussian = lambda *shape: (rng.standard_normal(shape) / r).astype(dtype)  # noqa: E731
+    zeros = lambda *shape: np.zeros(shape, dtype)  # noqa: E731
+    a, b = (r, in_features), (out_features, r)
+    if init == "kaiming":
+        return rng.uniform(-(in_features**-0.5), in_features**-0.5, a).astype(dtype), zeros(*b)
+    if init == "gaussian":
+        return gaussian(*a), zeros(*b)
+    if init == "gaussian_b":
+        return zeros(*a), gaussian(*b)
+    if init == "both":
+        return gaussian(*a), gaussian(*b)
+    raise ValueError(f"init: got {init!r}; accepted are {', '.join(map(repr, INITS))}")
+
+
+def _pissa(W: Array, r: int, scaling: float) -> tuple[Array, Array]:
+    U, S, Vt = get_namespace(W).linalg.svd(W, full_matrices=False)
+    root = (S[:r] / scaling) ** 0.5
+    return root[:, None] * Vt[:r], U[:, :r] * root
+
+
+def _olora(W: Array, r: int) -> tuple[Array, Array]:
+    Q, R = get_namespace(W).linalg.qr(W)
+    return R[:r], Q[:, :r]
+
+
+def check_r(argument: str, r: int, out_features: int, in_features: int) -> None:
+    """Raise ValueError unless 1 ≤ r ≤ min(out, in): a larger r adds parameters and no rank."""
+    if not isinstance(r, int | np.integer) or isinstance(r, bool):
+        raise TypeError(f"{argument}: expected an int, got {type(r).__name__} {r!r}")
+    most = min(out_features, in_features)
+    if not 1 <= r <= most:
+        raise ValueError(
+            f"{argument}: got {r}; a weight of ({out_features}, {in_features}) has rank at most {most}, "
+            f"so 1 to {most} is accepted"
+        )
+
+
+def lora_linear(x: Any, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """y = x Wᵀ + b + s·(x Aᵀ) Bᵀ as one node; x (..., in): (..., out).
+
+    With u = x Aᵀ and v = s·g B:  dx = g W + v A,  dA = vᵀ x,  dB = s·gᵀ u,  db = Σ g,  dW = gᵀ x unless frozen.
+
+    The same as `linear(x, W, b) + s·linear(linear(x, A), B)`; one node saves three arrays of y's size and the passes
+    over them.
+    """
+    x, W, A, B = ops.operands("lora_linear", x, W, A, B)
+    w, a, b, shape = W.data, A.data, B.data, x.shape
+    if not shape or shape[-1] != w.shape[1] or a.shape[1:] != w.shape[1:] or b.shape != (w.shape[0], a.shape[0]):
+        raise ValueError(f"lora_linear: x {shape}, W (out, in) {w.shape}, A (r, in) {a.shape}, B (out, r) {b.shape}")
+    rows = x.data.reshape(-1, shape[-1])  # (N, in)
+    out = w.shape[0]
+    u = backend.matmul(rows, a.T)  # (N, r)
+    y = backend.matmul(rows, w.T)  # (N, out)
+    y += backend.matmul(u * scaling, b.T)
+    parents = (x, W, A, B)
+    if bias is not None:
+        y += bias.data
+        parents = (*parents, bias)
+    need_x, need_w, need_a, need_b, need_bias = [p.requires_grad for p in (*parents, W)[:5]]
+    kept = rows if need_w or need_a else None
+
+    def backward(g: Array) -> list[Array | None]:
+        g = g.reshape(-1, out)
+        v = scaling * backend.matmul(g, b) if need_x or need_a else None  # (N, r)
+        dx = None
+        if need_x:
+            dx = backend.matmul(g, w)
+            dx += backend.matmul(v, a)
+            dx = dx.reshape(shape)
+        return [
+            dx,
+            backend.matmul(g.T, kept) if need_w else None,
+            backend.matmul(v.T, kept) if need_a else None,
+            scaling * backend.matmul(g.T, u) if need_b else None,
+            g.sum(axis=0) if need_bias else None,
+        ][:count]
+
+    count = len(parents)
+    return joint_result("lora_linear", y.reshape(*shape[:-1], out), parents, backward)
+
+
+# --- the layer --------------------------------------------------------------------------------------------------------
+class LoraLinear(AdapterLayer):
+    """y = base(x) + Σ s·B A dropout(x) over the active adapters.
+
+    Attributes:
+        lora_A, lora_B: by adapter name, Linears without bias with weights A (r, in) and B (out, r).
+        scaling: s, by adapter name.
+        lora_dropout: by adapter name.
+        offset: (A₀, B₀) of adapters that did not start at B A = 0; their s·B₀ A₀ is subtracted from W.
+    """
+
+    def __init__(self, base_layer: Linear) -> None:
+        super().__init__(base_layer)
+        self.lora_A: dict[str, Linear] = {}
+        self.lora_B: dict[str, Linear] = {}
+        self.lora_dropout: dict[str, Dropout] = {}
+        self.scaling: dict[str, float] = {}
+        self.offset: dict[str, tuple[Array, Array]] = {}
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of all adapters that this layer has."""
+        return list(self.lora_A)
+
+    def add(self, adapter: str, A: Array, B: Array, scaling: float, dropout: Dropout, offset: bool) -> None:
+        """Add an adapter with these start values; with `offset` W gives up s·B A."""
+        xp = get_namespace(self.weight.data)
+        A, B = backend.move(A, xp), backend.move(B, xp)
+        self.lora_A[adapter], self.lora_B[adapter] = _bare_linear(A), _bare_linear(B)
+        self.scaling[adapter], self.lora_dropout[adapter] = scaling, dropout
+        if offset:
+            self.offset[adapter] = A.copy(), B.copy()
+            self.weight.data = unmerge_lora(self.weight.data, A, B, scaling)
+
+    def remove(self, adapter: str) -> None:
+        """Forget an adapter; what it took from W is given back."""
+        if adapter in self.offset:
+            self.weight.data = merge_lora(self.weight.data, *self.offset.pop(adapter), self.scaling[adapter])
+        for by_name in (self.lora_A, self.lora_B, self.lora_dropout, self.scaling):
+            del by_name[adapter]
+
+    def delta(self, adapter: str) -> Array:
+        """ΔW = s·B A, (out, in)."""
+        return lora_delta(self.lora_A[adapter].weight.data, self.lora_B[adapter].weight.data, self.scaling[adapter])
+
+    def merge(self, adapters: list[str]) -> None:
+        """W ← W + Σ s·B A."""
+        for name in adapters:
+            if name in self.lora_A:
+                self.weight.data = merge_lora(self.weight.data, *self._factors(name), self.scaling[name])
+                self.merged.append(name)
+
+    def unmerge(self) -> None:
+        """W ← W − Σ s·B A."""
+        while self.merged:
+            name = self.merged.pop()
+            self.weight.data = unmerge_lora(self.weight.data, *self._factors(name), self.scaling[name])
+
+    def _factors(self, name: str) -> tuple[Array, Array]:
+        return self.lora_A[name].weight.data, self.lora_B[name].weight.data
+
+    def forward(self, x: Any) -> Tensor:
+        """(..., in) -> (..., out)"""
+        W, bias = self.base_layer.weight, self.base_layer.bias
+        active = [] if self.disabled or self.merged else [name for name in self.active if name in self.lora_A]
+        if len(active) == 1 and not self.offset.keys() - set(active):
+            name = active[0]
+            if not (self.training and self.lora_dropout[name].p):
+                A, B = self.lora_A[name].weight, self.lora_B[name].weight
+                return lora_linear(x, W, bias, A, B, self.scaling[name])
+        y = self.base_layer(x)
+        for name in active:
+            down = self.lora_A[name](self.lora_dropout[name](ops.tensor(x)))  # (..., r)
+            y = y + self.lora_B[name](down) * self.scaling[name]
+        for name in self.offset.keys() - set(self.merged) - set(active):  # W lacks s·B₀A₀ of these: give it back
+            A0, B0 = (Tensor(factor) for factor in self.offset[name])
+            y = y + ops.linear(ops.linear(x, A0), B0) * self.scaling[name]
+        return y
+
+    def extra_repr(self) -> str:
+        ranks = {name: A.out_features for name, A in self.lora_A.items()}
+        return f"r={ranks}, scaling={self.scaling}, active={self.active}"
+
+
+def _bare_linear(weight: Array) -> Linear:
+    """A Linear without bias around an array that is there already."""
+    linear = Linear.__new__(Linear)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight, linear.bias = Parameter(weight), None
+    return linear
+
+
+# --- the method -------------------------------------------------------------------------------------------------------
+
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass
+class LoraConfig:
+    """What to adapt and how; names and defaults are PEFT's.
+
+    Args:
+        r: the rank of ΔW.
+        lora_alpha: α in s = α/r.
+        lora_dropout: the probability of dropping an element of the adapter's input while training.
+        target_modules: `"all-linear"` (or the document's `"ALL"`: every Linear but the output head), a regular
+            expression that a whole name must match, or names and endings of names.
+        init_lora_weights: True (PEFT's default, `"kaiming"`), False (A and B both random: not the identity, for tests),
+            or one of `INITS`.
+        use_rslora: s = α/√r.
+        use_dora: not yet.
+        rank_pattern, alpha_pattern: r and α of single modules, by name, ending or regular expression.
+        modules_to_save: modules that are trained and saved whole.
+        bias: which biases train: "none", "all", "lora_only" (those of adapted layers).
+
+    Raises:
+        ValueError, TypeError: at once, for a value outside what is accepted.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] | None = None
+    init_lora_weights: bool | str = True
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    inference_mode: bool = False
+    peft_type: str = "LORA"
+
+    def __post_init__(self) -> None:
+        if self.target_modules is None:
+            self.target_modules = "all-linear"
+        elif not isinstance(self.target_modules, str):
+            self.target_modules = sorted(self.target_modules)
+        for name, r in [("r", self.r), *((f"rank_pattern[{key!r}]", r) for key, r in self.rank_pattern.items())]:
+            if not isinstance(r, int | np.integer) or isinstance(r, bool) or r < 1:
+                raise ValueError(f"{name}: got {r!r}; an int of at least 1 is accepted")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha: got {self.lora_alpha}; a positive number is accepted")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: got {self.lora_dropout}; a probability in [0, 1) is accepted")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias: got {self.bias!r}; accepted are {', '.join(map(repr, BIASES))}")
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in INITS:
+            accepted = f"True, False, {', '.join(map(repr, INITS))}"
+            raise ValueError(f"init_lora_weights: got {self.init_lora_weights!r}; accepted are {accepted}")
+        if self.use_dora:
+            raise ValueError("use_dora: DoRA is not in this version; False is accepted")
+
+    def build(self) -> Lora:
+        """The method that this config describes."""
+        return Lora(self)
+
+    def rank_of(self, name: str) -> int:
+        """r of the module with this name."""
+        return int(_pattern(self.rank_pattern, name, self.r))
+
+    def alpha_of(self, name: str) -> float:
+        """α of the module with this name."""
+        return _pattern(self.alpha_pattern, name, self.lora_alpha)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of PEFT's adapter_config.json; what is not in it has PEFT's default."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LoraConfig:
+        """The config in PEFT's adapter_config.json.
+
+        Raises:
+            ValueError: it uses a feature of PEFT's that is not here.
+        """
+        known = {f.name for f in fields(cls)}
+        extra = {key: value for key, value in data.items() if key not in known | _NO_EFFECT and value}
+        if extra:
+            raise ValueError(
+                f"adapter config: {', '.join(f'{k}={v!r}' for k, v in extra.items())} is not supported here"
+            )
+        own = {key: value for key, value in data.items() if key in known}
+        if own.get("init_lora_weights") in _BASE_KEEPING_INITS:
+            own["init_lora_weights"] = True
+        return cls(**own)
+
+
+# PEFT's fields that are set without changing what a LoRA adapter computes
+_BASE_KEEPING_INITS = ("eva", "orthogonal")  # PEFT's inits that leave W as it is: a saved adapter needs no more
+_NO_EFFECT = {"auto_mapping", "megatron_core", "peft_version", "qalora_group_size", "revision", "loftq_config"}
+
+
+def _pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first key that matches the name or its ending, as PEFT matches them."""
+    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+class Lora(Method):
+    """Wraps Linears in `LoraLinear`."""
+
+    def check(self, name: str, linear: Module) -> None:
+        """Raise ValueError where r does not fit the layer."""
+        out_features, in_features = linear.weight.shape
+        check_r(f"r of {name!r}", self.config.rank_of(name), out_features, in_features)
+
+    def wrap(self, name: str, linear: Module) -> LoraLinear:
+        """The Linear with a new adapter beside it; a LoraLinear gets one more."""
+        layer = linear if isinstance(linear, LoraLinear) else LoraLinear(linear)
+        config, W = self.config, layer.weight.data
+        r = config.rank_of(name)
+        scaling = lora_scaling(
+            config.lora_alpha if not config.alpha_pattern else config.alpha_of(name), r, config.use_rslora
+        )
+        dtype = W.dtype if W.dtype in (np.float32, np.float64) else np.float32
+        init = config.init_lora_weights
+        if init is False:
+            A = init_lora(*W.shape, r, "kaiming", self.rng, dtype)[0]
+            B = self.rng.uniform(-(r**-0.5), r**-0.5, (W.shape[0], r)).astype(dtype)
+        else:
+            A, B = init_lora(*W.shape, r, "kaiming" if init is True else init, self.rng, dtype, W, scaling)
+        dropout = Dropout(config.lora_dropout, rng=int(self.rng.integers(2**62)))
+        layer.add(self.adapter, A, B, scaling, dropout, offset=init in OFFSET_INITS)
+        return layer
