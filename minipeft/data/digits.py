@@ -1,0 +1,227 @@
+"""The UCI handwritten digits (1,797 images of 8×8 pixels), cut into fixed parts, and a transfer task made of them.
+
+    from minipeft.data import digits
+    task = digits.transfer()                               # the shifted domain: task.train, task.valid, task.test
+    batches = digits.batches(*task.train, batch_size=64)   # batches[i] is step i's (x, y), the same in every run
+
+Source and licence (CC BY 4.0): README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import backend
+from ..backend import Array
+
+FILE = Path(__file__).with_name("digits.npz")
+PARTS = {"pretrain": 797, "train": 400, "valid": 200, "test": 400}  # in this order along the stored permutation
+
+
+class Examples(NamedTuple):
+    """Images and their digits: `x, y = examples`, or `f(*examples)`.
+
+    Attributes:
+        x: (N, 64) floats in [0, 1], rows of the 8×8 image one after the other.
+        y: (N,) int64, the digit.
+    """
+
+    x: Array
+    y: Array
+
+
+@dataclass(frozen=True)
+class Digits:
+    """All images in the file's order, and which of them belong to which part.
+
+    The parts share no image. Writers are not told apart in the file, so a writer's digits are in all parts.
+
+    Attributes:
+        images: (1797, 64) floats in [0, 1].
+        labels: (1797,) int64.
+        index: for each of "pretrain" (797), "train" (400), "valid" (200) and "test" (400) the rows that belong to it.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    index: dict[str, np.ndarray]
+
+    def part(self, name: str) -> Examples:
+        """The examples of one part.
+
+        Raises:
+            ValueError: a name that is not in `index`.
+        """
+        if name not in self.index:
+            raise ValueError(f"part: got {name!r}; accepted are {', '.join(map(repr, self.index))}")
+        return Examples(self.images[self.index[name]], self.labels[self.index[name]])
+
+    @property
+    def pretrain(self) -> Examples:
+        """What the shipped bases were trained on."""
+        return self.part("pretrain")
+
+    @property
+    def train(self) -> Examples:
+        """What adapters are trained on; no base has seen it."""
+        return self.part("train")
+
+    @property
+    def valid(self) -> Examples:
+        """For choosing learning rates and ranks."""
+        return self.part("valid")
+
+    @property
+    def test(self) -> Examples:
+        """For the figures that are reported."""
+        return self.part("test")
+
+
+def load(dtype: Any = None) -> Digits:
+    """Read the digits.
+
+    Args:
+        dtype: of the images; None is the default dtype (float32).
+    """
+    with np.load(FILE, allow_pickle=False) as file:
+        images, labels, order = file["images"], file["labels"], file["order"]
+    ends = np.cumsum(list(PARTS.values()))
+    return Digits(
+        images=images.reshape(len(images), -1).astype(dtype or backend.get_default_dtype()) / 16,
+        labels=labels.astype(np.int64),
+        index=dict(zip(PARTS, np.split(order.astype(np.int64), ends[:-1]), strict=True)),
+    )
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """An endless sequence of batches: `batches[step] -> (x, y)`.
+
+    Batch i is a function of (seed, i) alone and nothing advances when it is read, so a resumed run sees what the run
+    it resumes would have seen. The samples come in a new random order each epoch, and epochs follow each other without
+    a gap: where N is not a multiple of the batch size a batch takes the end of one epoch and the start of the next.
+
+    Args:
+        x: (N, ...) inputs.
+        y: (N, ...) targets.
+        batch_size: samples in each batch.
+        seed: of the orders.
+
+    Raises:
+        ValueError: no samples, x and y of different lengths, or a batch size below 1.
+    """
+
+    def __init__(self, x: Array, y: Array, batch_size: int, seed: int = 0) -> None:
+        if len(x) != len(y) or not len(x):
+            raise ValueError(f"x, y: got {len(x)} and {len(y)} samples; the same number, at least 1, is accepted")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}; at least 1 is accepted")
+        self.x, self.y, self.batch_size, self.seed = x, y, batch_size, seed
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """N / batch_size."""
+        return len(self.x) / self.batch_size
+
+    def rows(self, step: int) -> np.ndarray:
+        """Which samples batch `step` holds: (batch_size,) row numbers."""
+        if step < 0:
+            raise IndexError(f"step: got {step}; 0 or more is accepted (the sequence has no end to count from)")
+        n, start = len(self.x), step * self.batch_size
+        epochs = range(start // n, (start + self.batch_size - 1) // n + 1)
+        orders = np.concatenate([np.random.default_rng([self.seed, epoch]).permutation(n) for epoch in epochs])
+        start -= epochs[0] * n
+        return orders[start : start + self.batch_size]
+
+    def __getitem__(self, step: int) -> tuple[Array, Array]:
+        rows = backend.move(self.rows(step), backend.get_namespace(self.x))
+        return self.x[rows], self.y[rows]
+
+    def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        """Batch 0, 1, 2 … without end."""
+        step = 0
+        while True:
+            yield self[step]
+            step += 1
+
+
+def batches(x: Array, y: Array, batch_size: int = 64, seed: int = 0) -> Batches:
+    """The samples as an endless sequence of batches, see `Batches`."""
+    return Batches(x, y, batch_size, seed)
+
+
+# --- the transfer task ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shifted domain to adapt a pre-trained base to. The classes and their numbers stay, so the frozen head fits.
+
+    Attributes:
+        name: of the shift.
+        train: 400 shifted examples that the base has not seen upright either.
+        valid: 200 shifted examples.
+        test: 400 shifted examples.
+        original_test: the same 400 as `test`, upright: what the base was good at.
+    """
+
+    name: str
+    train: Examples
+    valid: Examples
+    test: Examples
+    original_test: Examples
+
+
+SHIFTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # (N, 8, 8) -> (N, 8, 8)
+    "rotated": lambda images: np.rot90(images, axes=(1, 2)),
+    "mirrored": lambda images: images[:, :, ::-1],
+    "inverted": lambda images: 1 - images,
+    "rotated-inverted": lambda images: 1 - np.rot90(images, axes=(1, 2)),
+    "transposed": lambda images: images.swapaxes(1, 2),
+}
+
+
+def transfer(shift: str = "rotated", dtype: Any = None) -> Task:
+    """The transfer task.
+
+    Args:
+        shift: a name in `SHIFTS`.
+        dtype: of the images; None is the default dtype (float32).
+
+    Raises:
+        ValueError: an unknown shift.
+    """
+    if shift not in SHIFTS:
+        raise ValueError(f"shift: got {shift!r}; accepted are {', '.join(map(repr, SHIFTS))}")
+    data = load(dtype)
+
+    def shifted(part: Examples) -> Examples:
+        images = SHIFTS[shift](part.x.reshape(-1, 8, 8))
+        return Examples(np.ascontiguousarray(images).reshape(len(images), -1), part.y)
+
+    return Task(shift, shifted(data.train), shifted(data.valid), shifted(data.test), data.test)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: into a temporary name beside it, which then takes its place in one step."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
