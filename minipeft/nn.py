@@ -211,7 +211,7 @@ def _convert(value: Any, device: Any, dtype: Any) -> Any:
 def _is_dtype(x: Any) -> bool:
     try:
         return np.dtype(x).name != "object"
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: a module that has an attribute `dtype`, as array libraries do
         return False
 
 

@@ -98,7 +98,8 @@ class Optimizer:
             if ids != self._laid_out[i]:
                 self._lay_out(i, active)
             for p in active:
-                if is_held(p.data) or not p.data.flags.c_contiguous or not p.data.flags.writeable:
+                flags = p.data.flags
+                if is_held(p.data) or not (flags.c_contiguous and getattr(flags, "writeable", True)):  # CuPy: always
                     p.data = p.data.copy()
             for unit in self._units[i]:
                 unit.step += 1
