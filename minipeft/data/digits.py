@@ -9,7 +9,6 @@ Source and licence (CC BY 4.0): README.md beside this file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,20 +207,3 @@ def transfer(shift: str = "rotated", dtype: Any = None) -> Task:
         return Examples(np.ascontiguousarray(images).reshape(len(images), -1), part.y)
 
     return Task(shift, shifted(data.train), shifted(data.valid), shifted(data.test), data.test)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: into a temporary name beside it, which then takes its place in one step."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

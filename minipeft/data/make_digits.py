@@ -10,7 +10,8 @@ import io
 
 import numpy as np
 
-from .digits import FILE, replace_file
+from ..files import write_whole
+from .digits import FILE
 
 
 def make() -> bytes:
@@ -33,5 +34,5 @@ def make() -> bytes:
 
 
 if __name__ == "__main__":
-    replace_file(FILE, make())
+    write_whole(FILE, lambda temporary: temporary.write_bytes(make()))
     print(f"wrote {FILE} ({FILE.stat().st_size:,} bytes)")

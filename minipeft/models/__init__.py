@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from .. import backend, nn
+from ..files import read_tensors
 from .mlp import MLP
 from .vit import ViT
 
-__all__ = ["MLP", "ViT", "base_metadata", "load_base"]
+__all__ = ["MLP", "ViT", "base_file", "base_metadata", "load_base"]
 
 BASES: dict[str, type[nn.Module]] = {"mlp": MLP, "vit": ViT}
 
@@ -24,23 +26,25 @@ def load_base(name: str, dtype: Any = None) -> nn.Module:
     Raises:
         ValueError: an unknown name.
     """
-    from safetensors.numpy import load_file  # imported here: `import minipeft` does without
-
-    path = _path(name)
+    path = base_file(name)
+    weights, _ = read_tensors(path)
     model = BASES[name](rng=0, dtype=dtype or backend.get_default_dtype())
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(weights)
     return model.eval()
 
 
-def base_metadata(name: str) -> dict[str, str]:
+def base_metadata(name: str) -> dict[str, Any]:
     """What the base's file says of itself: the command that made it, its seed and steps, its upright test accuracy."""
-    from safetensors import safe_open
-
-    with safe_open(_path(name), framework="numpy") as file:
-        return file.metadata()
+    _, metadata = read_tensors(base_file(name))
+    return json.loads(metadata["made"])
 
 
-def _path(name: str) -> Path:
+def base_file(name: str) -> Path:
+    """Where the base is kept.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if name not in BASES:
         raise ValueError(f"name: got {name!r}; accepted are {', '.join(map(repr, BASES))}")
     return Path(__file__).with_name(f"{name}.safetensors")

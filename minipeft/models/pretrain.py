@@ -6,16 +6,19 @@ only far behind the digits that are kept, and every machine makes the same base.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .. import backend, nn, ops, optim
+from .. import nn, ops, optim
 from ..backend import Array
 from ..data import digits
+from ..files import write_tensors
 from ..tensor import no_grad
-from . import BASES
+from . import BASES, base_file
 
 SEED, STEPS, BATCH_SIZE, LR, WEIGHT_DECAY = 0, 600, 32, 3e-3, 0.05
 
@@ -48,23 +51,20 @@ def accuracy(model: nn.Module, x: Array, y: Array) -> float:
     return float((model(x).data.argmax(axis=1) == y).mean())
 
 
-def save_base(name: str, path: Path) -> dict[str, str]:
-    """Pre-train a base and write it to `path` in float32; returns the metadata in the file's header."""
-    from safetensors.numpy import save
-
+def save_base(name: str, path: Path) -> dict[str, Any]:
+    """Pre-train a base and write it to `path` in float32; returns what the file's header says of it."""
     model = pretrain(name)
-    data = digits.load("float64")
-    metadata = {
+    weights = {key: value.astype(np.float32) for key, value in model.state_dict().items()}
+    made = {
         "command": f"python -m minipeft.models.pretrain {name}",
-        "seed": str(SEED),
-        "steps": str(STEPS),
-        "test_accuracy": f"{accuracy(model, *data.test):.4f}",
+        "seed": SEED,
+        "steps": STEPS,
+        "test_accuracy": accuracy(model, *digits.load("float64").test),
     }
-    weights = {key: backend.to_numpy(value).astype(np.float32) for key, value in model.state_dict().items()}
-    digits.replace_file(path, save(weights, metadata))
-    return metadata
+    write_tensors(path, weights, {"made": json.dumps(made)})  # one entry: safetensors keeps no order of several
+    return made
 
 
 if __name__ == "__main__":
     for chosen in sys.argv[1:] or BASES:
-        print(chosen, save_base(chosen, Path(__file__).with_name(f"{chosen}.safetensors")))
+        print(chosen, save_base(chosen, base_file(chosen)))
