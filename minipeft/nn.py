@@ -393,6 +393,7 @@ class Sequential(Module):
 
     def forward(self, x: Any) -> Any:
         """The last layer's output."""
-        for layer in self:
-            x = layer(x)
+        for layer in vars(self).values():
+            if isinstance(layer, Module):
+                x = layer(x)
         return x

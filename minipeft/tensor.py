@@ -70,7 +70,7 @@ class Held:
                 array.setflags(False)
 
     def __del__(self) -> None:
-        for array in reversed(self.arrays):  # the owner of memory before its views: NumPy asks for that order
+        for array in self.arrays:  # the owner of memory comes before its views: NumPy asks for that order
             entry = Held.live[id(array)]
             entry[1] -= 1
             if not entry[1]:
@@ -341,19 +341,22 @@ def _node(op: str, data: Array, parents: tuple, backward: Any, closures: tuple) 
         out.requires_grad, out._held, out._order, out._op = False, None, 0, ""
     else:
         out.requires_grad, out._order = True, _creation()
-        out._held = Held([c for f in closures for c in _captured(f)])
+        out._held = _hold(closures)
     if backend.flop_counter is not None:
         backend.flop_counter.credit(op)
     return out
 
 
-def _captured(closure: Callable) -> Iterator[Array]:
-    """The arrays that a gradient function captured, read off its cells: no operation can forget to declare one."""
-    for cell in closure.__closure__ or ():
-        value = cell.cell_contents
-        if type(value) is np.ndarray:
-            yield value
-            if type(value.base) is np.ndarray:
-                yield value.base
-        elif hasattr(type(value), "nbytes") and not isinstance(value, np.generic):
-            yield value
+def _hold(closures: tuple[Callable, ...]) -> Held | None:
+    """Hold the arrays that gradient functions captured, read off their cells: no operation can forget to declare one."""
+    arrays = []
+    for closure in closures:
+        for cell in closure.__closure__ or ():
+            value = cell.cell_contents
+            if type(value) is np.ndarray:
+                if type(value.base) is np.ndarray:
+                    arrays.append(value.base)
+                arrays.append(value)
+            elif hasattr(type(value), "nbytes") and not isinstance(value, np.generic):
+                arrays.append(value)
+    return Held(arrays) if arrays else None

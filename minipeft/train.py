@@ -83,8 +83,8 @@ def fit(
     """Train what requires a gradient in `model` for `steps` steps; the model is in training mode meanwhile.
 
     Args:
-        batches: a function of the batch's number, a sequence (taken round and round), or an iterable (iterated again
-            when it ends). For a resume that ends with the same bits it must give the same batches again.
+        batches: a function of the batch's number, a sequence (taken round and round; without a length, endless), or an
+            iterable (iterated again when it ends). For a resume that ends with the same bits it must give the same batches again.
         loss_fn: (model, batch) -> scalar Tensor; left out, cross entropy for batches (x, y).
         method: its hooks are called; left out, the method of a PeftModel's active adapter.
         clip_norm: scale the gradients down to this total norm.
@@ -196,12 +196,13 @@ def _stream(batches: Any, skip: int) -> Iterator[Any]:
         while True:
             yield batches(number)
             number += 1
-    if hasattr(batches, "__getitem__") and hasattr(batches, "__len__"):
-        if not len(batches):
+    if hasattr(batches, "__getitem__"):
+        length = len(batches) if hasattr(batches, "__len__") else None  # without one: endless, such as digits.batches
+        if length == 0:
             raise ValueError("batches: got an empty sequence")
         number = skip
         while True:
-            yield batches[number % len(batches)]
+            yield batches[number if length is None else number % length]
             number += 1
     while True:
         empty = True
