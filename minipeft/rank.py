@@ -16,11 +16,14 @@ from .backend import Array, get_namespace, to_numpy
 
 def _matrix(W: Array) -> Array:
     if getattr(W, "ndim", None) != 2 or not W.size:
-        raise ValueError(f"W: expected a matrix with two axes and at least one element, got shape {np.shape(W)}")
+        kind = f"shape {W.shape}" if hasattr(W, "shape") else type(W).__name__
+        raise ValueError(f"W: expected a matrix, an array with two axes and at least one element, got {kind}")
     return W
 
 
 def _check_rank(r: int, W: Array) -> None:
+    if not isinstance(r, int | np.integer) or isinstance(r, bool):
+        raise TypeError(f"r: expected an int, got {type(r).__name__} {r!r}")
     if not 1 <= r <= min(W.shape):
         raise ValueError(f"r: got {r}; W {W.shape} has at most rank {min(W.shape)}, 1 to {min(W.shape)} is accepted")
 
@@ -57,12 +60,12 @@ def matrix_rank(W: Array, tol: float | None = None) -> int:
     S = singular_values(W)
     if tol is None:
         tol = float(S.max()) * max(W.shape) * float(np.finfo(S.dtype).eps)
-    return int((S > tol).sum())
+    return int((tol < S).sum())
 
 
 def singular_values(W: Array) -> Array:
     """S of W, (min(m, n),), in falling order."""
-    return get_namespace(W).linalg.svd(_matrix(W), compute_uv=False)
+    return get_namespace(_matrix(W)).linalg.svd(W, compute_uv=False)
 
 
 def row_rank_exact(M: Any) -> int:
@@ -91,14 +94,15 @@ def column_rank_exact(M: Any) -> int:
 
 
 def _fractions(M: Any) -> list[list[Fraction]]:
-    rows: Sequence[Any] = to_numpy(M).tolist() if hasattr(M, "ndim") else [list(row) for row in M]
+    rows: Sequence[Any] = to_numpy(M).tolist() if hasattr(M, "ndim") else list(M)
+    rows = [list(row) if hasattr(row, "__iter__") else row for row in rows]
     if any(not isinstance(row, list) for row in rows) or len({len(row) for row in rows}) > 1:
         raise ValueError("M: expected a matrix, rows of one length")
     for row in rows:
         for x in row:
             if not isinstance(x, int | Fraction | np.integer):
                 raise TypeError(f"M: expected integers or Fractions, got {type(x).__name__} {x!r}")
-    return [[Fraction(x) for x in row] for row in rows]
+    return [[Fraction(x) if isinstance(x, Fraction) else Fraction(int(x)) for x in row] for row in rows]
 
 
 def effective_rank(W: Array) -> float:
@@ -110,7 +114,8 @@ def effective_rank(W: Array) -> float:
     total = float(S.sum())
     if total == 0:
         return 0.0
-    p = S[S > 0] / total
+    p = S / total
+    p = p[p > 0]
     return float(np.exp(-float((p * get_namespace(p).log(p)).sum())))
 
 
@@ -124,6 +129,9 @@ def stable_rank(W: Array) -> float:
 def energy(W: Array, r: int) -> float:
     """Σ_{i≤r} Sᵢ²/Σ Sᵢ²: the share of ‖W‖_F² that the best approximation of rank r keeps. 1 for a matrix of zeros."""
     _check_rank(r, _matrix(W))
-    squares = singular_values(W) ** 2
-    total = float(squares.sum())
-    return 1.0 if total == 0 else float(squares[:r].sum()) / total
+    S = singular_values(W)
+    top = float(S[0])
+    if top == 0:
+        return 1.0
+    squares = (S / top) ** 2  # divided first: the squares themselves may leave the dtype's range
+    return float(squares[:r].sum()) / float(squares.sum())
