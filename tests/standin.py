@@ -121,8 +121,8 @@ def _method(name: str) -> Any:
 
 
 METHODS = """
-    all any argmax argmin argpartition argsort astype clip copy cumsum diagonal dot fill flatten max mean min nonzero prod
-    ravel repeat reshape round sort squeeze std sum swapaxes take trace transpose var view
+    all any argmax argmin argpartition argsort astype clip copy cumsum diagonal dot fill flatten max mean min nonzero
+    prod ravel repeat reshape round sort squeeze std sum swapaxes take trace transpose var view
 """
 for _name in METHODS.split():
     setattr(ndarray, _name, _method(_name))
