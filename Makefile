@@ -1,0 +1,59 @@
+# What people do often. A fresh machine needs Python 3.10 or newer and make; everything else goes into .venv.
+#
+#   make verify     LoRA learns the shifted digits, then the document's claims are judged by numbers
+#   make test       the test suite
+#   make oracles    the comparisons with PyTorch and PEFT, which are installed for it (about 1 GB)
+#   make lint       ruff: lint and format, nothing is changed
+#   make format     ruff: mend what can be mended
+#   make clean      remove everything that make made
+#
+# Another Python: make test PYTHON=python3.13 (a .venv of another Python is made anew).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help verify test oracles lint format clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# A Python asked for by name replaces a .venv that was made by another one.
+ifneq ($(filter command environment,$(origin PYTHON)),)
+VERSION = import sys; print(sys.version)
+ifneq ($(shell $(PYTHON) -c "$(VERSION)"),$(shell test -x $(BIN)/python && $(BIN)/python -c "$(VERSION)"))
+$(shell rm -f $(VENV)/.base)
+endif
+endif
+
+# Stamps: what is installed already is not installed again until pyproject.toml changes.
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.%: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+verify: $(VENV)/.base
+	$(BIN)/minipeft train --model vit --method lora
+	$(BIN)/minipeft verify
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest --ignore=tests/oracles
+
+oracles: $(VENV)/.test $(VENV)/.oracles
+	$(BIN)/python -m pytest tests/oracles
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
