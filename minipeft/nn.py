@@ -197,8 +197,8 @@ def _convert(value: Any, device: Any, dtype: Any) -> Any:
     if isinstance(value, Parameter):
         value.data, value.grad = _convert(value.data, device, dtype), None
         return value
-    if isinstance(value, list):
-        return [_convert(item, device, dtype) for item in value]
+    if type(value) in (list, tuple):
+        return type(value)([_convert(item, device, dtype) for item in value])
     if isinstance(value, dict):
         return {key: _convert(item, device, dtype) for key, item in value.items()}
     if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, np.generic | Tensor):

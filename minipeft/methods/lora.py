@@ -8,6 +8,7 @@ Formulas first, as functions of plain arrays; then the layer that uses them; the
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -29,13 +30,13 @@ def lora_scaling(alpha: float, r: int, rslora: bool = False) -> float:
     """
     if r < 1:
         raise ValueError(f"r: got {r}; at least 1 is accepted")
-    return alpha / (r**0.5 if rslora else r)
+    return float(alpha / (r**0.5 if rslora else r))  # a NumPy number would turn float32 products into float64
 
 
 def lora_delta(A: Array, B: Array, scaling: float) -> Array:
     """ΔW = s·B A for A (r, in) and B (out, r): (out, in), of rank at most r. Hu et al. 2021, eq. 3."""
     _check_factors(A, B)
-    return scaling * backend.matmul(B, A)
+    return float(scaling) * backend.matmul(B, A)
 
 
 def merge_lora(W: Array, A: Array, B: Array, scaling: float) -> Array:
@@ -98,6 +99,7 @@ def init_lora(
     if init in ("pissa", "olora"):
         if W is None or W.shape != (out_features, in_features):
             raise ValueError(f"W: init {init!r} needs the weight ({out_features}, {in_features}), got {np.shape(W)}")
+        W = W if W.dtype in (np.float32, np.float64) else W.astype(np.float32)  # LAPACK has no half precision
         A, B = _pissa(W, r, scaling) if init == "pissa" else _olora(W, r)
         return A.astype(dtype), B.astype(dtype)
     rng = backend.generator(rng)
@@ -147,7 +149,7 @@ def lora_linear(x: Any, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, sc
     over them.
     """
     x, W, A, B = ops.operands("lora_linear", x, W, A, B)
-    w, a, b, shape = W.data, A.data, B.data, x.shape
+    w, a, b, shape, scaling = W.data, A.data, B.data, x.shape, float(scaling)
     if not shape or shape[-1] != w.shape[1] or a.shape[1:] != w.shape[1:] or b.shape != (w.shape[0], a.shape[0]):
         raise ValueError(f"lora_linear: x {shape}, W (out, in) {w.shape}, A (r, in) {a.shape}, B (out, r) {b.shape}")
     rows = x.data.reshape(-1, shape[-1])  # (N, in)
@@ -321,14 +323,14 @@ class LoraConfig:
         if self.target_modules is None:
             self.target_modules = "all-linear"
         elif not isinstance(self.target_modules, str):
-            self.target_modules = sorted(self.target_modules)
-        for name, r in [("r", self.r), *((f"rank_pattern[{key!r}]", r) for key, r in self.rank_pattern.items())]:
-            if not isinstance(r, int | np.integer) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"{name}: got {r!r}; an int of at least 1 is accepted")
-        if not self.lora_alpha > 0:
-            raise ValueError(f"lora_alpha: got {self.lora_alpha}; a positive number is accepted")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout: got {self.lora_dropout}; a probability in [0, 1) is accepted")
+            self.target_modules = _names("target_modules", self.target_modules)
+        self.modules_to_save = _names("modules_to_save", self.modules_to_save) if self.modules_to_save else None
+        self.r, self.lora_alpha = _rank("r", self.r), _alpha("lora_alpha", self.lora_alpha)
+        self.rank_pattern = _checked_pattern("rank_pattern", self.rank_pattern, _rank)
+        self.alpha_pattern = _checked_pattern("alpha_pattern", self.alpha_pattern, _alpha)
+        if not isinstance(self.lora_dropout, int | float | np.number) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: got {self.lora_dropout!r}; a probability in [0, 1) is accepted")
+        self.lora_dropout = float(self.lora_dropout)
         if self.bias not in BIASES:
             raise ValueError(f"bias: got {self.bias!r}; accepted are {', '.join(map(repr, BIASES))}")
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in INITS:
@@ -343,7 +345,7 @@ class LoraConfig:
 
     def rank_of(self, name: str) -> int:
         """r of the module with this name."""
-        return int(_pattern(self.rank_pattern, name, self.r))
+        return _pattern(self.rank_pattern, name, self.r)
 
     def alpha_of(self, name: str) -> float:
         """α of the module with this name."""
@@ -375,6 +377,38 @@ class LoraConfig:
 # PEFT's fields that are set without changing what a LoRA adapter computes
 _BASE_KEEPING_INITS = ("eva", "orthogonal")  # PEFT's inits that leave W as it is: a saved adapter needs no more
 _NO_EFFECT = {"auto_mapping", "megatron_core", "peft_version", "qalora_group_size", "revision", "loftq_config"}
+
+
+def _names(argument: str, names: Any) -> list[str]:
+    """A list of names, sorted; a single string is taken for a mistake."""
+    listed = [] if isinstance(names, str) or not hasattr(names, "__iter__") else list(names)
+    if not listed or not all(isinstance(name, str) for name in listed):
+        raise ValueError(f"{argument}: got {names!r}; a list of names is accepted")
+    return sorted(set(listed))
+
+
+def _rank(argument: str, r: Any) -> int:
+    if not isinstance(r, int | np.integer) or isinstance(r, bool) or r < 1:
+        raise ValueError(f"{argument}: got {r!r}; an int of at least 1 is accepted")
+    return int(r)
+
+
+def _alpha(argument: str, alpha: Any) -> float:
+    if not isinstance(alpha, int | float | np.number) or not 0 < alpha < float("inf"):
+        raise ValueError(f"{argument}: got {alpha!r}; a positive number is accepted")
+    return alpha if isinstance(alpha, int) else float(alpha)
+
+
+def _checked_pattern(argument: str, pattern: Any, check: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """A dictionary from regular expressions to values that pass `check`."""
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{argument}: expected a dictionary from names to numbers, got {pattern!r}")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{argument}: {key!r} is no regular expression ({error})") from error
+    return {key: check(f"{argument}[{key!r}]", value) for key, value in pattern.items()}
 
 
 def _pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
