@@ -360,8 +360,8 @@ def swapaxes(x: Any, a: int, b: int) -> Tensor:
 def getitem(x: Any, index: Any) -> Tensor:
     """x[index] by NumPy's rules (slices, integers, integer and boolean arrays); dx = g added where it was taken."""
     x = tensor(x)
-    index = tuple(_plain(i) for i in index) if isinstance(index, tuple) else _plain(index)
     shape, xp = x.shape, get_namespace(x.data)
+    index = tuple(_plain(i, xp) for i in index) if isinstance(index, tuple) else _plain(index, xp)
     parts = index if isinstance(index, tuple) else (index,)
     repeats = any(hasattr(i, "dtype") and i.dtype.kind in "iu" and i.ndim for i in parts)
 
@@ -376,11 +376,11 @@ def getitem(x: Any, index: Any) -> Tensor:
     return result("getitem", x.data[index], (x, grad))
 
 
-def _plain(index: Any) -> Any:
-    """An index without tensors and lists."""
+def _plain(index: Any, xp: Any) -> Any:
+    """An index without tensors and lists, its arrays in the library of what is indexed."""
     if isinstance(index, Tensor):
         return index.data
-    return np.asarray(index) if isinstance(index, list) else index
+    return xp.asarray(index) if isinstance(index, list | np.ndarray) else index
 
 
 def concatenate(tensors: Sequence[Any], axis: int = 0) -> Tensor:
@@ -412,13 +412,13 @@ def stack(tensors: Sequence[Any], axis: int = 0) -> Tensor:
 def where(condition: Any, a: Any, b: Any) -> Tensor:
     """a where the condition holds, else b; each gets g there and 0 elsewhere."""
     a, b = operands("where", a, b)
-    chosen = condition.data if isinstance(condition, Tensor) else condition
     xp, sa, sb = get_namespace(a.data), a.shape, b.shape
+    chosen = xp.asarray(condition.data if isinstance(condition, Tensor) else condition).astype(bool, copy=False)
     return result(
         "where",
         xp.where(chosen, a.data, b.data),
         (a, lambda g: sum_to(g * chosen, sa)),
-        (b, lambda g: sum_to(g * (~chosen if hasattr(chosen, "dtype") else not chosen), sb)),
+        (b, lambda g: sum_to(g * ~chosen, sb)),
     )
 
 
@@ -593,7 +593,7 @@ def scaled_dot_product_attention(
         query: (B, H, T, d).
         key, value: (B, K, S, d) with H a multiple of K: H/K query heads share one key and value head.
         attn_mask: broadcasts to (B, H, T, S); booleans (True: may attend) or floats added to the scores.
-        is_causal: query t sees keys up to t + S − T (the last query sees all).
+        is_causal: query t sees keys up to t + S − T (the last query sees all); none at all: its output is 0.
         scale: 1/√d when left out.
     """
     query, key, value = operands("attention", query, key, value)
@@ -613,7 +613,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         mask = attn_mask.data if isinstance(attn_mask, Tensor) else attn_mask
         scores += xp.where(mask, 0, -xp.inf).astype(q.dtype) if mask.dtype.kind == "b" else mask
-    p = _softmax(scores, -1).reshape(batch, kv_heads, -1, s)  # (B, K, H/K·T, S)
+    p = _attention_weights(scores).reshape(batch, kv_heads, -1, s)  # (B, K, H/K·T, S)
     y = backend.matmul(p, v).reshape(batch, heads, t, d)
 
     def backward(g: Array) -> tuple:
@@ -630,6 +630,14 @@ def scaled_dot_product_attention(
 
     need_q, need_k, need_v = query.requires_grad, key.requires_grad, value.requires_grad
     return joint_result("attention", y, (query, key, value), backward)
+
+
+def _attention_weights(scores: Array) -> Array:
+    """Softmax over the last axis; a query that may attend to nothing (all −inf) gets zeros, as in PyTorch, not NaN."""
+    xp = get_namespace(scores)
+    p = xp.exp(scores - xp.maximum(scores.max(axis=-1, keepdims=True), xp.finfo(scores.dtype).min))
+    p /= xp.maximum(p.sum(axis=-1, keepdims=True), 1)  # the largest score adds e⁰ = 1: only empty sums are below
+    return p
 
 
 def cross_entropy(logits: Any, targets: Any, ignore_index: int = -100) -> Tensor:

@@ -80,8 +80,8 @@ class Held:
 
 
 def is_held(array: Array) -> bool:
-    """True while a graph that has not run backward yet needs the values in `array`."""
-    return id(array) in Held.live
+    """True while a graph that has not run backward yet needs the values in `array`, or in the memory it is a view of."""
+    return id(array) in Held.live or id(array.base) in Held.live
 
 
 # --- the tensor -------------------------------------------------------------------------------------------------------
@@ -353,10 +353,9 @@ def _hold(closures: tuple[Callable, ...]) -> Held | None:
     for closure in closures:
         for cell in closure.__closure__ or ():
             value = cell.cell_contents
-            if type(value) is np.ndarray:
-                if type(value.base) is np.ndarray:
+            kind = type(value)
+            if kind is np.ndarray or (hasattr(kind, "nbytes") and not isinstance(value, np.generic)):
+                if type(value.base) is kind:
                     arrays.append(value.base)
-                arrays.append(value)
-            elif hasattr(type(value), "nbytes") and not isinstance(value, np.generic):
                 arrays.append(value)
     return Held(arrays) if arrays else None
