@@ -5,7 +5,8 @@
 #   make oracles    the comparisons with PyTorch and PEFT, which are installed for it (about 1 GB)
 #   make lint       ruff: lint and format, nothing is changed
 #   make format     ruff: mend what can be mended
-#   make clean      remove everything that make made
+#   make bench      one training step beside PyTorch's and HIPS autograd's, as ratios (installs both)
+#   make clean      remove .venv and the caches
 #
 # Another Python: make test PYTHON=python3.13 (a .venv of another Python is made anew).
 
@@ -13,7 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help verify test oracles lint format clean
+.PHONY: help verify test oracles lint format bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -53,6 +54,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/mlp_step.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache

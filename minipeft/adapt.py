@@ -1,0 +1,169 @@
+"""The run of `minipeft train`: a pre-trained digit classifier adapted to shifted digits, accuracy before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from . import files, optim
+from .data import digits
+from .methods.lora import LoraConfig
+from .models import BASES, load_base
+from .nn import Module
+from .peft import PeftModel, get_peft_model
+from .tensor import no_grad
+from .train import CHECKPOINT, fit
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is set up: its config from r, α and targets (None: everything trains), and a good learning rate."""
+
+    config: Callable[[int, float, str | list[str]], Any] | None
+    lr: float
+
+
+def _lora(r: int, alpha: float, targets: str | list[str], **variant: Any) -> LoraConfig:
+    return LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, **variant)
+
+
+METHODS = {
+    "full": Recipe(None, lr=1e-3),
+    "lora": Recipe(_lora, lr=3e-3),
+    "rslora": Recipe(partial(_lora, use_rslora=True), lr=3e-3),
+}
+RUN = "run.json"
+
+
+@dataclass
+class Settings:
+    """What a run depends on, named as the command's options; what is None becomes the method's own default.
+
+    Raises:
+        ValueError: a model, method or shift that does not exist, or an option that the method does not have.
+    """
+
+    model: str = "vit"
+    method: str = "lora"
+    shift: str = "rotated"
+    r: int | None = None
+    alpha: float | None = None
+    targets: str | None = None
+    steps: int = 300
+    batch_size: int = 64
+    lr: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, accepted in (("model", BASES), ("method", METHODS), ("shift", digits.SHIFTS)):
+            if getattr(self, option) not in accepted:
+                raise ValueError(f"--{option}: got {getattr(self, option)!r}; accepted are {', '.join(accepted)}")
+        if not 1 <= self.batch_size <= digits.PARTS["train"]:
+            raise ValueError(f"--batch-size: got {self.batch_size}; 1 to {digits.PARTS['train']} is accepted")
+        recipe = METHODS[self.method]
+        self.lr = recipe.lr if self.lr is None else self.lr
+        for option, default in (("r", 8), ("alpha", 16.0), ("targets", "all-linear")):
+            if recipe.config and getattr(self, option) is None:
+                setattr(self, option, default)
+            elif not recipe.config and getattr(self, option) is not None:
+                raise ValueError(f"--{option}: method {self.method!r} has no such option, it trains every parameter")
+
+    def adapter(self) -> Any:
+        """The config of the adapter, or None where everything trains.
+
+        A regular expression is passed on as it is; names with commas become a list, as `LoraConfig` takes them.
+        """
+        config, targets = METHODS[self.method].config, self.targets or ""
+        pattern = targets.lower() in ("all-linear", "all") or any(sign in targets for sign in "*+?[(|^$\\")
+        names = targets if pattern else [name.strip() for name in targets.split(",")]
+        return config(self.r, self.alpha, names) if config else None
+
+
+def run(settings: Settings, directory: Path, resume: bool, console: Console) -> None:
+    """The run that `settings` describe: everything is checked, then trained, then written and shown.
+
+    The directory gets `run.json` (the settings), the checkpoint, and the adapter in PEFT's format, or the whole model
+    where everything trained.
+
+    Raises:
+        ValueError: the settings do not fit the model, or with `resume` not the run in the directory.
+    """
+    task = digits.transfer(settings.shift)
+    batches = digits.batches(*task.train, batch_size=settings.batch_size, seed=settings.seed)
+    model = load_base(settings.model)
+    size, before = sum(p.size for p in model.parameters()), _accuracies(model, task)
+    config = settings.adapter()
+    model = get_peft_model(model, config, seed=settings.seed) if config else model.requires_grad_(True)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optim.AdamW(trainable, lr=settings.lr)
+    if resume:
+        _check_same_run(settings, directory, console)
+    else:  # an older run's checkpoint would not belong to these settings
+        (directory / CHECKPOINT).unlink(missing_ok=True)
+    files.write_json(directory / RUN, asdict(settings))
+    trains = sum(p.size for p in trainable)
+    console.print(
+        f"[bold]{settings.model}[/] ({size:,} parameters) learns {task.name} digits in {settings.steps} steps; "
+        f"[bold]{settings.method}[/] trains {trains:,} parameters ({trains / size:.1%})."
+    )
+    with np.errstate(over="ignore", invalid="ignore"):  # a loss that is not finite stops the run with better words
+        history = fit(
+            model, batches, steps=settings.steps, optimizer=optimizer, checkpoint_dir=directory, resume=resume
+        )
+    saved = _save(model.eval(), directory)
+    console.print(_accuracy_table(task, model, before))
+    console.print(
+        f"Loss {history.loss[0]:.3f} → {history.loss[-1]:.3f} in {history.seconds:.1f} s; "
+        f"saved [bold]{saved}[/] ({saved.stat().st_size / 1000:,.0f} kB).",
+        soft_wrap=True,
+    )
+
+
+def _check_same_run(settings: Settings, directory: Path, console: Console) -> None:
+    """Raise ValueError where the directory holds a run with other settings; only more steps are welcome."""
+    if not (directory / CHECKPOINT).exists():
+        console.print(f"No checkpoint in {directory} yet: starting at the first step.")
+    if not (directory / RUN).exists():
+        return
+    earlier, now = files.read_json(directory / RUN), asdict(settings)
+    different = [name for name in now if name != "steps" and now[name] != earlier.get(name)]
+    if different:
+        shown = ", ".join(f"{name} {earlier.get(name)} (now {now[name]})" for name in different)
+        raise ValueError(f"--resume: the run in {directory} has {shown}; use its settings, or another --out")
+    if settings.steps < earlier["steps"]:
+        raise ValueError(f"--resume: the run in {directory} has {earlier['steps']} steps; as many or more are accepted")
+
+
+def _accuracies(model: Module, task: digits.Task) -> list[float]:
+    """The share of held-out digits whose largest logit is the right one's: shifted, and as they were."""
+    with no_grad():
+        return [float((model(x).numpy().argmax(-1) == y).mean()) for x, y in (task.test, task.original_test)]
+
+
+def _save(model: Module, directory: Path) -> Path:
+    """Write the adapter in PEFT's format, or the whole model where everything trained; the path of the tensors."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(directory)
+        return directory / "adapter_model.safetensors"
+    return files.write_tensors(directory / "model.safetensors", model.state_dict())
+
+
+def _accuracy_table(task: digits.Task, model: Module, before: list[float]) -> Table:
+    """Accuracy on shifted and on original digits: before, after, and with the adapter taken off again."""
+    columns = {"before": before, "after": _accuracies(model, task)}
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            columns["adapter taken off"] = _accuracies(model, task)
+    table = Table("accuracy on held-out digits")
+    for name in columns:
+        table.add_column(name, justify="right", style="bold green" if name == "after" else "")
+    for i, name in enumerate((task.name, "original")):
+        table.add_row(f"{name} ({len(task.test.y)})", *(f"{values[i]:.1%}" for values in columns.values()))
+    return table
