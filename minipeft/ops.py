@@ -116,7 +116,7 @@ def div(a: Any, b: Any) -> Tensor:
 
 
 def power(a: Any, b: Any) -> Tensor:
-    """a ** b; da = g·b·a^(b−1), db = g·y·ln a (0 where a = 0, the limit for b > 0)."""
+    """a ** b; da = g·b·a^(b−1) (0 where b = 0), db = g·y·ln a (0 where a = 0, the limit for b > 0)."""
     a, b, y = _binary("pow", a, b)
     xa, xb, sa, sb = a.data, b.data, a.shape, b.shape
     xp = get_namespace(xa)
@@ -125,7 +125,11 @@ def power(a: Any, b: Any) -> Tensor:
         zero = xa == 0
         return sum_to(g * y * xp.where(zero, 0, xp.log(xp.where(zero, 1, xa))).astype(xa.dtype, copy=False), sb)
 
-    return result("pow", y, (a, lambda g: sum_to(g * xb * xa ** (xb - 1), sa)), (b, grad_b))
+    def grad_a(g: Array) -> Array:
+        lower = xp.where(xb == 0, 1, xb - 1).astype(xa.dtype, copy=False)  # 0·a⁻¹ is NaN where a = 0, 0·a¹ is not
+        return sum_to(g * xb * xa**lower, sa)
+
+    return result("pow", y, (a, grad_a), (b, grad_b))
 
 
 def neg(x: Any) -> Tensor:
@@ -307,17 +311,13 @@ def max(x: Any, axis: int | tuple[int, ...] | None = None, keepdims: bool = Fals
     """The largest element over `axis`; g is shared equally by equal largest elements (PyTorch's amax)."""
     x = tensor(x)
     axes, shape, value = _axes(x.data, axis), x.shape, x.data
-    top = value.max(axis=axes, keepdims=True)
+    y = _array(value.max(axis=axes, keepdims=keepdims))
 
     def grad(g: Array) -> Array:
-        largest = (value == top).astype(value.dtype)
+        largest = (value == _expand(y, axes, shape)).astype(value.dtype)
         return largest * (_expand(g, axes, shape) / largest.sum(axis=axes, keepdims=True))
 
-    return result("max", top if keepdims else top.reshape(_without(shape, axes)), (x, grad))
-
-
-def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n for i, n in enumerate(shape) if i not in axes)
+    return result("max", y, (x, grad))
 
 
 def _expand(g: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
@@ -377,10 +377,10 @@ def getitem(x: Any, index: Any) -> Tensor:
 
 
 def _plain(index: Any, xp: Any) -> Any:
-    """An index without tensors and lists, its arrays in the library of what is indexed."""
+    """An index without tensors and lists; its arrays are copies (what the caller writes to them later does no harm)."""
     if isinstance(index, Tensor):
-        return index.data
-    return xp.asarray(index) if isinstance(index, list | np.ndarray) else index
+        index = index.data
+    return xp.array(index) if isinstance(index, list) or getattr(index, "ndim", 0) else index
 
 
 def concatenate(tensors: Sequence[Any], axis: int = 0) -> Tensor:

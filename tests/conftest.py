@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cases
 import numpy as np
 import pytest
 import standin
@@ -35,3 +36,15 @@ def _libraries() -> list:
 def xp(request: pytest.FixtureRequest) -> object:
     """An array library; a test that takes it runs on all of them. Models move with `module.to(xp)`."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def kept_operations() -> dict[str, np.ndarray]:
+    """What PyTorch gave for `cases.CASES`."""
+    return cases.references("ops")
+
+
+@pytest.fixture(scope="session")
+def kept_trajectories() -> dict[str, np.ndarray]:
+    """What PyTorch gave for `cases.OPTIMIZERS`."""
+    return cases.references("optim")
