@@ -9,6 +9,7 @@ Peers that are not installed are left out. Each row is the median of alternating
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from minipeft.doctor import machine_summary
 from minipeft.measure import compare_latency
 
 SIZES, BATCH = (64, 128, 128, 10), 64
-LAYERS = list(zip(SIZES[:-1], SIZES[1:], strict=True))
+LAYERS = list(itertools.pairwise(SIZES))
 rng = np.random.default_rng(0)
 X = rng.standard_normal((BATCH, SIZES[0])).astype(np.float32)
 Y = rng.integers(0, SIZES[-1], BATCH)

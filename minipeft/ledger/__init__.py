@@ -1,0 +1,128 @@
+"""The ledger: every checkable statement of the document, judged by numbers that are computed now.
+
+A claim is one function, in the module of its section. It returns `Evidence`: what was found, and which statements
+held. The verdict follows from that by one rule (`Evidence.verdict`); no verdict and no figure is written in the code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+SECTIONS = ("LoRA",)  # in the document's order; the module of each is named after it in lower case
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a check found.
+
+    Attributes:
+        found: one or two sentences, with the figures.
+        holds: the document's statement held wherever it was tried. None: it is about an amount, which was measured.
+        within: where it did not hold everywhere: it held inside the limits that `found` names.
+        instead: where it is wrong: the right statement, in `found`, held.
+        figures: the numbers, for JSON and for plots.
+    """
+
+    found: str
+    holds: bool | None = None
+    within: bool = False
+    instead: bool = False
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """confirmed · confirmed within limits · corrected · measured · failed (nothing that was claimed held)."""
+        if self.holds is None:
+            return "measured"
+        if self.holds:
+            return "confirmed"
+        return "confirmed within limits" if self.within else "corrected" if self.instead else "failed"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row of the ledger: the claim, what was found, and how the document's statement stands."""
+
+    id: str
+    section: str
+    statement: str
+    found: str
+    verdict: str
+    seconds: float
+    figures: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the document and the function that checks it."""
+
+    id: str
+    section: str
+    statement: str
+    check: Callable[[], Evidence]
+    full: bool
+
+    def judge(self) -> Verdict:
+        """Run the check. One that raises has failed, with the error as what was found."""
+        start = time.perf_counter()
+        try:
+            evidence = self.check()
+        except Exception as error:
+            evidence = Evidence(f"the check stopped: {type(error).__name__}: {error}", holds=False)
+        seconds = time.perf_counter() - start
+        return Verdict(
+            self.id, self.section, self.statement, evidence.found, evidence.verdict, seconds, evidence.figures
+        )
+
+
+_claims: dict[str, Claim] = {}
+
+
+def claim(id: str, statement: str, full: bool = False) -> Callable[[Callable[[], Evidence]], Callable[[], Evidence]]:
+    """Put a check into the ledger; `full` for one that needs the real language model (`minipeft verify --full`)."""
+
+    def register(check: Callable[[], Evidence]) -> Callable[[], Evidence]:
+        section = next(s for s in SECTIONS if _module(s) == check.__module__.rpartition(".")[2])
+        _claims[id] = Claim(id, section, statement, check, full)
+        return check
+
+    return register
+
+
+def _module(section: str) -> str:
+    return section.lower().replace("-", "_")
+
+
+def claims(sections: Sequence[str] = (), full: bool = False) -> list[Claim]:
+    """The claims of these sections (all when none is named), in the document's order.
+
+    Args:
+        sections: names of sections ("LoRA", in any case) or ids of single claims ("lora.merge").
+
+    Raises:
+        ValueError: a name that is neither.
+    """
+    for section in SECTIONS:
+        importlib.import_module(f".{_module(section)}", __name__)
+    names = {section.lower() for section in SECTIONS} | _claims.keys()
+    for wanted in sections:
+        if wanted.lower() not in names:
+            raise ValueError(
+                f"section: got {wanted!r}; accepted are {', '.join(SECTIONS)} and ids such as 'lora.merge'"
+            )
+    chosen = {wanted.lower() for wanted in sections}
+    return [
+        c
+        for c in _claims.values()
+        if (full or not c.full) and (not chosen or c.section.lower() in chosen or c.id in chosen)
+    ]
+
+
+def run(sections: Sequence[str] = (), full: bool = False) -> Iterator[Verdict]:
+    """Judge the claims of these sections, one after the other."""
+    for c in claims(sections, full):
+        yield c.judge()

@@ -1,0 +1,465 @@
+"""The claims of the document's LoRA section, with its introduction to rank and SVD."""
+
+from __future__ import annotations
+
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import data, files, nn, ops, optim, rank
+from ..backend import count_flops
+from ..measure import compare_latency, estimate_memory, memory_report, peak_memory
+from ..methods.lora import LoraConfig, LoraLinear, init_lora, lora_delta, merge_lora, unmerge_lora
+from ..models import load_base
+from ..peft import get_peft_model
+from ..tensor import Tensor, no_grad
+from . import Evidence, claim
+from .runs import adapt, weight_updates
+
+# --- the idea ---------------------------------------------------------------------------------------------------------
+
+
+@claim("lora.low-rank", "The update is the product of two small matrices, ΔW = BA.")
+def low_rank() -> Evidence:
+    """The rank of s·BA against r over many shapes and in trained layers; r(d+k) against dk."""
+    rng = np.random.default_rng(0)
+    shapes = [(int(rng.integers(1, 200)), int(rng.integers(1, 200))) for _ in range(60)]
+    tried = [(d, k, int(rng.integers(1, min(d, k) + 1))) for d, k in shapes]
+    within = sum(_product_rank(d, k, r, rng) <= r for d, k, r in tried)
+    learned = [rank.matrix_rank(delta) for _, delta in weight_updates(adapt("lora")).values()]
+    d = k = 4096
+    share = 8 * (d + k) / (d * k)
+    return Evidence(
+        f"rank(BA) ≤ r in {within} of {len(tried)} random shapes, and at most {max(learned)} in {len(learned)} layers "
+        f"trained with r = 8. r(d+k) numbers instead of dk: {share:.2%} of a {d}×{k} weight at r = 8.",
+        holds=within == len(tried) and max(learned) <= 8 and share < 1,
+        figures={"shapes": len(tried), "trained_ranks": learned, "share_4096_r8": share},
+    )
+
+
+def _product_rank(d: int, k: int, r: int, rng: np.random.Generator) -> int:
+    A, B = init_lora(d, k, r, "both", rng, "float64")
+    return rank.matrix_rank(lora_delta(A, B, 2.0))
+
+
+@claim("lora.frozen", "The pre-trained weights are frozen and stay as they are.")
+def frozen() -> Evidence:
+    """The bytes of every frozen array before and after training; gradients of frozen parameters at any step."""
+    run = adapt("lora")
+    now = {n.replace("base_model.model.", "").replace("base_layer.", ""): p for n, p in run.model.named_parameters()}
+    same = [now[name].data.tobytes() == array.tobytes() for name, array in run.before.items()]
+    steps = len(run.history.loss)
+    return Evidence(
+        f"After {steps} steps all {len(same)} pre-trained arrays ({sum(a.nbytes for a in run.before.values()):,} "
+        f"bytes) are unchanged to the bit: {sum(same)} of {len(same)}. Gradients of frozen weights that ever existed: "
+        f"{run.frozen_gradients}.",
+        holds=all(same) and run.frozen_gradients == 0,
+        figures={"arrays": len(same), "unchanged": sum(same), "frozen_gradients": run.frozen_gradients},
+    )
+
+
+# --- initialization ---------------------------------------------------------------------------------------------------
+
+
+@claim("lora.identity-at-init", "Gaussian A and zero B: training starts from the pre-trained model.")
+def identity_at_init() -> Evidence:
+    """Outputs before and after attaching, to the bit, for B = 0 and for A = 0."""
+    same = {
+        (init, dtype): _start(init, dtype)[0] for init in ("gaussian", "kaiming", "gaussian_b") for dtype in _DTYPES
+    }
+    count = len(data.digits.transfer().test.y)
+    return Evidence(
+        f"Logits of {count} images equal to the bit in {sum(same.values())} of {len(same)} cases (B = 0 with Gaussian "
+        "or uniform A, A = 0 with Gaussian B; float32 and float64).",
+        holds=all(same.values()),
+        figures={f"{init} {dtype}": equal for (init, dtype), equal in same.items()},
+    )
+
+
+_DTYPES = ("float32", "float64")
+
+
+def _start(init: str, dtype: str) -> tuple[bool, float]:
+    """Outputs of the base and of the model just attached: (equal to the bit, largest difference ÷ largest logit)."""
+    x, model = data.digits.transfer(dtype=dtype).test.x, load_base("vit", dtype=dtype)
+    with no_grad():
+        before = model(x).data
+        after = get_peft_model(model, LoraConfig(init_lora_weights=init), seed=1)(x).data
+    return before.tobytes() == after.tobytes(), float(np.abs(after - before).max() / np.abs(before).max())
+
+
+@claim("lora.one-zero", "At least one of A and B must be zero, so that the first output is the base model's.")
+def one_zero() -> Evidence:
+    """Output, gradients and learning with B, A, both or neither at zero."""
+    start = {zero: _first_steps(zero) for zero in ("B", "A", "both", "neither")}
+    b, a, both, neither = (start[zero] for zero in ("B", "A", "both", "neither"))
+    keeps = b["output_change"] == a["output_change"] == both["output_change"] == 0 < neither["output_change"]
+    first = b["moved_A"] == 0 < b["moved_B"] and a["moved_B"] == 0 < a["moved_A"]
+    stuck = both["gradient"] == 0 and both["loss"][0] == both["loss"][-1]
+    learns = b["loss"][-1] < b["loss"][0] and a["loss"][-1] < a["loss"][0]
+    return Evidence(
+        f"One zero keeps the output to the bit; none changes it by up to {neither['output_change']:.2f}. But one "
+        f"of them only: with both zero the gradients are {both['gradient']:.0f} and the loss stays "
+        f"{both['loss'][-1]:.3f} for ever (a saddle), while B = 0 falls to {b['loss'][-1]:.3f}. "
+        "With B = 0 the first step moves B alone.",
+        holds=keeps and learns and not stuck,
+        within=keeps and first and stuck and learns,
+        figures=start,
+    )
+
+
+def _first_steps(zero: str, steps: int = 20) -> dict[str, Any]:
+    """Gradient descent on a regression by one LoRA layer that starts with A, B, both or neither at zero."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((64, 16)), rng.standard_normal((64, 12))
+    layer = LoraLinear(nn.Linear(16, 12, bias=False, dtype="float64", rng=0))
+    layer.base_layer.requires_grad_(False)
+    A, B = init_lora(12, 16, 4, "both", rng, "float64")
+    A, B = A * (zero not in ("A", "both")), B * (zero not in ("B", "both"))
+    layer.add("default", A, B, 1.0, nn.Dropout(0.0), offset=False)
+    layer.active = ["default"]
+    with no_grad():
+        change = float(np.abs(layer(x).data - layer.base_layer(Tensor(x)).data).max())
+    factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    optimizer, losses, start = optim.SGD(factors, lr=0.5), [], [f.data.copy() for f in factors]
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = ops.mse_loss(layer(x), y)
+        loss.backward()
+        losses.append(loss.item())
+        if step == 0:
+            gradient = float(max(np.abs(f.grad).max() for f in factors))
+        optimizer.step()
+        if step == 0:
+            moved = [float(np.abs(f.data - s).max()) for f, s in zip(factors, start, strict=True)]
+    return {"output_change": change, "gradient": gradient, "moved_A": moved[0], "moved_B": moved[1], "loss": losses}
+
+
+@claim("lora.two-nonzero", "Two non-zero matrices work too, if their product is first subtracted from W (Su Jianlin).")
+def two_nonzero() -> Evidence:
+    """Outputs at the start with both Gaussian and s·BA subtracted from W, in float64 and float32."""
+    found = {dtype: _start("both", dtype) for dtype in _DTYPES}
+    limit = {dtype: 1e3 * float(np.finfo(dtype).eps) for dtype in _DTYPES}
+    return Evidence(
+        f"Outputs at the start equal the base model's to rounding, not to the bit: largest difference ÷ largest logit "
+        f"{found['float64'][1]:.1e} in float64, {found['float32'][1]:.1e} in float32 (W − BA + BA rounds twice).",
+        holds=all(equal for equal, _ in found.values()),
+        within=all(difference < limit[dtype] for dtype, (_, difference) in found.items()),
+        figures={dtype: difference for dtype, (_, difference) in found.items()},
+    )
+
+
+# --- inference --------------------------------------------------------------------------------------------------------
+
+
+@claim("lora.latency", "Unmerged inference costs extra time; merging removes it.")
+def latency() -> Evidence:
+    """Time of one layer alone, with an adapter, and merged, over widths."""
+    ratios = {}
+    for size in (256, 1024, 2048):
+        layers = {kind: _latency_layer(size, kind) for kind in ("base", "unmerged", "merged")}
+        x = np.random.default_rng(1).standard_normal((16, size)).astype("float32")
+
+        def forward(layer: nn.Module, x: np.ndarray = x) -> None:
+            with no_grad():
+                layer(x)
+
+        times = compare_latency({kind: (lambda layer=layer: forward(layer)) for kind, layer in layers.items()})
+        ratios[size] = {kind: times[kind].median / times["base"].median for kind in ("unmerged", "merged")}
+    text = "; ".join(f"{n}: {r['unmerged']:.2f} and {r['merged']:.2f}" for n, r in ratios.items())
+    return Evidence(
+        f"One layer, 16 rows, r = 8, unmerged and merged time ÷ the base layer's, by width — {text}.",
+        figures={str(size): r for size, r in ratios.items()},
+    )
+
+
+def _latency_layer(size: int, kind: str) -> nn.Module:
+    base = nn.Linear(size, size, rng=0)
+    if kind == "base":
+        return base
+    layer = LoraLinear(base)
+    layer.add("default", *init_lora(size, size, 8, "both", 0, "float32"), 1.0, nn.Dropout(0.0), offset=False)
+    layer.active = ["default"]
+    if kind == "merged":
+        layer.merge(["default"])
+    return layer
+
+
+@claim("lora.merge", "The merged model is identical to base and adapters kept apart.")
+def merge() -> Evidence:
+    """Outputs merged and apart, with weights stored in four dtypes; what unmerging gives back."""
+    layers = [layer for _, layer in adapt("lora").model.adapter_layers()]
+    x = np.random.default_rng(0).standard_normal((64, layers[0].base_layer.in_features))
+    found = {name: _merge_error(layers[0], x, name) for name in _EPS}
+    within = all(found[name]["difference"] < 8 * _EPS[name] for name in _EPS)
+    returned = found["float32"]["returned"]
+    text = ", ".join(f"{f['difference']:.0e} in {name}" for name, f in found.items())
+    return Evidence(
+        f"Identical in exact arithmetic; in floating point merged and unmerged outputs of a trained layer differ by "
+        f"{text} (÷ largest output). Unmerging does not give W back: {returned:.1%} of its float32 numbers are as "
+        "before.",
+        holds=all(f["difference"] == 0 for f in found.values()) and returned == 1,
+        within=within,
+        figures=found,
+    )
+
+
+_EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def _merge_error(layer: LoraLinear, x: np.ndarray, name: str) -> dict[str, float]:
+    """Weights stored in a dtype, products in float64, so that only the storage's rounding is seen."""
+    W, A, B = (w.data for w in (layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight))
+    scaling, store = layer.scaling["default"], lambda w: _rounded(w, name)
+    W, A, B = store(W), store(A), store(B)
+    apart = x @ W.T + scaling * (x @ A.T) @ B.T
+    merged = store(merge_lora(W, A, B, scaling))
+    back = store(unmerge_lora(merged, A, B, scaling))
+    difference = np.abs(x @ merged.T - apart).max() / np.abs(apart).max()
+    return {"difference": float(difference), "returned": float((back == W).mean())}
+
+
+def _rounded(x: np.ndarray, name: str) -> np.ndarray:
+    """x rounded to a dtype's nearest number (ties to even), kept in float64; bfloat16 is float32's upper half."""
+    if name != "bfloat16":
+        return x.astype(name).astype(np.float64)
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+# --- rank and SVD -----------------------------------------------------------------------------------------------------
+
+
+@claim("lora.row-column-rank", "A matrix's row rank and column rank are equal.")
+def row_column_rank() -> Evidence:
+    """Exact elimination on rows and on columns; singular values of a matrix and of its transpose."""
+    rng = np.random.default_rng(0)
+    integers = [_integer_matrix(rng) for _ in range(100)]
+    rationals = [
+        [[Fraction(int(x), int(rng.integers(1, 9))) for x in row] for row in m.tolist()] for m in integers[:50]
+    ]
+    pairs = [(rank.row_rank_exact(m), rank.column_rank_exact(m)) for m in [*integers, *rationals]]
+    real = [rng.standard_normal((m, k)) @ rng.standard_normal((k, n)) for m, k, n in rng.integers(1, 30, (50, 3))]
+    svd = sum(rank.matrix_rank(m) == rank.matrix_rank(m.T) for m in real)
+    equal = sum(row == column for row, column in pairs)
+    return Evidence(
+        f"Equal for {equal} of {len(pairs)} integer and rational matrices by exact elimination "
+        f"(ranks {min(pairs)[0]} to {max(pairs)[0]}), and for {svd} of {len(real)} real ones by SVD.",
+        holds=equal == len(pairs) and svd == len(real),
+        figures={"exact": len(pairs), "exact_equal": equal, "real": len(real), "real_equal": svd},
+    )
+
+
+def _integer_matrix(rng: np.random.Generator) -> np.ndarray:
+    m, k, n = rng.integers(1, 8, 3)
+    return rng.integers(-3, 4, (m, k)) @ rng.integers(-3, 4, (k, n))
+
+
+@claim("lora.svd-low-dim", "A low-rank approximation (SVD, PCA) keeps most of the information.")
+def svd_low_dim() -> Evidence:
+    """Eckart and Young: SVD against optimized and random factors; the spectra of digits and of trained weights."""
+    rng = np.random.default_rng(0)
+    images = data.digits.load().images.astype("float64")
+    centered = images - images.mean(axis=0)
+    weights = {n: W.astype("float64") for n, (W, _) in weight_updates(adapt("full")).items()}
+    best = _approximation_errors(centered, 10, rng)
+    tail = float(np.sqrt((rank.singular_values(centered)[10:] ** 2).sum()) / np.linalg.norm(centered))
+    optimal = best["svd"] <= min(best["optimized"], best["random"]) + 1e-9 and abs(best["svd"] - tail) < 1e-9
+    kept = rank.energy(centered, 10)
+    r = {n: max(1, min(W.shape) // 4) for n, W in weights.items()}
+    of_weights = float(np.mean([rank.energy(W, r[n]) for n, W in weights.items()]))
+    flat = float(np.mean([_gaussian_energy(W.shape, r[n], rng) for n, W in weights.items()]))
+    return Evidence(
+        f"Ten of 64 directions keep {kept:.0%} of the digits' variance. No other rank-10 factors are nearer: error "
+        f"{best['svd']:.4f} by SVD, {best['optimized']:.4f} by alternating least squares from a random start, "
+        f"{best['random']:.4f} with a random basis. Trained weights: a quarter of the directions keeps "
+        f"{of_weights:.0%} (Gaussian matrices of their shapes: {flat:.0%}).",
+        holds=optimal and kept > 0.5 and of_weights > flat,
+        figures={
+            "digits_energy_10": kept,
+            "weights_energy_quarter": of_weights,
+            "gaussian_energy_quarter": flat,
+            **best,
+        },
+    )
+
+
+def _approximation_errors(W: np.ndarray, r: int, rng: np.random.Generator) -> dict[str, float]:
+    """‖W − W_r‖_F/‖W‖_F for rank-r matrices by SVD, alternating least squares, and in a random basis."""
+    norm, L = np.linalg.norm(W), rng.standard_normal((W.shape[0], r))
+    random_basis = np.linalg.qr(L)[0]
+    for _ in range(30):
+        R = np.linalg.lstsq(L, W, rcond=None)[0]
+        L = np.linalg.lstsq(R.T, W.T, rcond=None)[0].T
+    approximations = {
+        "svd": rank.best_rank_r(W, r),
+        "optimized": L @ R,
+        "random": random_basis @ (random_basis.T @ W),
+    }
+    return {name: float(np.linalg.norm(W - approximation) / norm) for name, approximation in approximations.items()}
+
+
+def _gaussian_energy(shape: tuple[int, int], r: int, rng: np.random.Generator) -> float:
+    return rank.energy(rng.standard_normal(shape), r)
+
+
+@claim("lora.overparameterized", "Dense layers are over-parameterized: an update has low intrinsic rank.")
+def overparameterized() -> Evidence:
+    """The effective rank of the ΔW that full fine-tuning makes, beside that of W."""
+    ranks = {
+        name: (rank.effective_rank(W), rank.effective_rank(delta), min(W.shape))
+        for name, (W, delta) in weight_updates(adapt("full")).items()
+    }
+    weight, update, full = (float(np.mean([r[i] for r in ranks.values()])) for i in range(3))
+    kept = float(np.mean([rank.energy(delta, 8) for _, delta in weight_updates(adapt("full")).values()]))
+    return Evidence(
+        f"Full fine-tuning of the ViT, {len(ranks)} projections: effective rank of ΔW {update:.1f} on average, of W "
+        f"{weight:.1f}, of {full:.0f} possible; the first 8 directions hold {kept:.0%} of ‖ΔW‖².",
+        figures={"update": update, "weight": weight, "possible": full, "energy_8": kept},
+    )
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+def _wide(width: int = 512, depth: int = 4) -> nn.Sequential:
+    """Linear layers of one width, for counting: small enough to be quick, wide enough for r = 8 to be little."""
+    return nn.Sequential(*[nn.Linear(width, width, rng=i) for i in range(depth)])
+
+
+def _step_model(kind: str, width: int = 512) -> nn.Module:
+    model = _wide(width)
+    names = [str(i) for i in range(len(model))]
+    return model if kind == "full" else get_peft_model(model, LoraConfig(r=8, target_modules=names))
+
+
+def _loss(model: nn.Module, width: int, batch: int = 64) -> Tensor:
+    x = Tensor(np.random.default_rng(0).standard_normal((batch, width)).astype("float32"), requires_grad=True)
+    return (model(x) ** 2).mean()
+
+
+@claim(
+    "lora.memory-parts",
+    "Memory is weights, gradients, activations and optimizer state; LoRA shrinks gradients and optimizer state.",
+)
+def memory_parts() -> Evidence:
+    """Live bytes of the four parts, full against LoRA, with two optimizers; the formula against them."""
+    found: dict[str, dict[str, int]] = {}
+    formula = []
+    for kind in ("full", "lora"):
+        for name, optimizer_class in (("sgd", optim.SGD), ("adamw", optim.AdamW)):
+            model = _step_model(kind)
+            optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+            for _ in range(2):  # the second forward has gradients and optimizer state beside its activations
+                loss = _loss(model, 512)
+                report = memory_report(model, optimizer)
+                loss.backward()
+                optimizer.step()
+            found[f"{kind} {name}"] = _parts(report)
+            estimate = estimate_memory(model, kind, optimizer=name)
+            formula.append(all(getattr(estimate, part) == getattr(report, part) for part in _FORMULA_PARTS))
+    full, lora = found["full adamw"], found["lora adamw"]
+    shrink = {part: lora[part] / full[part] for part in full}
+    return Evidence(
+        "LoRA's bytes ÷ full fine-tuning's (four 512² layers, batch 64, AdamW, r = 8): "
+        + ", ".join(f"{part} {ratio:.3f}" for part, ratio in shrink.items())
+        + f". The formula gives the measured bytes in {sum(formula)} of {len(formula)} cases.",
+        holds=shrink["gradients"] < 0.1 and shrink["optimizer"] < 0.1 and all(formula),
+        figures={**found, "ratio": shrink},
+    )
+
+
+_FORMULA_PARTS = ("weights", "gradients", "optimizer")
+
+
+def _parts(report: Any) -> dict[str, int]:
+    return {part: int(getattr(report, part)) for part in ("weights", "gradients", "optimizer", "activations")}
+
+
+def _flops(kind: str, width: int) -> tuple[int, int]:
+    model = _step_model(kind, width)
+    with count_flops() as flops:
+        _loss(model, width).backward()
+    return flops.forward, flops.backward
+
+
+@claim("lora.forward-flops", "The forward pass still computes xW: it is not cheaper.")
+def forward_flops() -> Evidence:
+    """Products counted in forward, LoRA against full."""
+    counted = {width: (_flops("full", width)[0], _flops("lora", width)[0]) for width in (64, 256, 1024)}
+    text = ", ".join(f"{lora / full:.3f} at width {width}" for width, (full, lora) in counted.items())
+    return Evidence(
+        f"Counted products, LoRA (r = 8) ÷ full fine-tuning: {text}.",
+        holds=all(lora >= full for full, lora in counted.values()),
+        figures={str(width): {"full": full, "lora": lora} for width, (full, lora) in counted.items()},
+    )
+
+
+@claim("lora.backward-flops", "The backward pass is saved only in part.")
+def backward_flops() -> Evidence:
+    """Products counted in backward, LoRA against full, towards the limit of wide layers."""
+    counted = {width: (_flops("full", width), _flops("lora", width)) for width in (64, 256, 1024)}
+    backward = {width: lora[1] / full[1] for width, (full, lora) in counted.items()}
+    total = {width: sum(lora) / sum(full) for width, (full, lora) in counted.items()}
+    widest = max(total)
+    text = ", ".join(f"{total[width]:.3f} at width {width}" for width in counted)
+    return Evidence(
+        f"The products dW of frozen weights are gone: backward falls to {backward[widest]:.2f} of full fine-tuning's "
+        f"at width {widest}. Forward and backward together: {text}; the limit for wide layers is 2/3.",
+        holds=all(b < 1 for w, b in backward.items() if w > 64) and 2 / 3 < total[widest] < 0.7,
+        figures={"backward": {str(w): b for w, b in backward.items()}, "total": {str(w): t for w, t in total.items()}},
+    )
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@claim("lora.early-movement", "Parameters move most, and the loss falls fastest, in the first steps.")
+def early_movement() -> Evidence:
+    """‖ΔW‖ of each step, and how soon the loss falls, in full fine-tuning."""
+    run = adapt("full")
+    loss, movement = run.history.loss, run.movement
+    tenth = len(loss) // 10
+    fall = loss[0] - float(np.mean(loss[-tenth:]))
+    early = (loss[0] - float(np.mean(loss[tenth : 2 * tenth]))) / fall
+    moved = [float(np.mean(movement[i * tenth : (i + 1) * tenth])) for i in range(10)]
+    return Evidence(
+        f"Full fine-tuning, {len(loss)} steps of AdamW at a constant learning rate: the first tenth brings {early:.0%} "
+        f"of the whole fall of the loss; a step moves the weights by {moved[0]:.3f} (‖ΔW‖) in the first tenth, "
+        f"{moved[-1]:.3f} in the last.",
+        figures={"share_of_fall": early, "movement_by_tenth": moved, "loss": loss},
+    )
+
+
+@claim("lora.smaller-faster", "Training is smaller and faster than full fine-tuning.")
+def smaller_faster() -> Evidence:
+    """File, step time and peak memory, LoRA against full."""
+    width, models = 1024, {kind: _step_model(kind, 1024) for kind in ("full", "lora")}
+    steps, peaks = {}, {}
+    for kind, model in models.items():
+        optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+        def step(model: nn.Module = model, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            _loss(model, width, 128).backward()
+            optimizer.step()
+
+        with peak_memory() as peak:
+            step()
+        steps[kind], peaks[kind] = step, peak.bytes
+    times = compare_latency(steps)
+    with tempfile.TemporaryDirectory() as directory:
+        models["lora"].save_pretrained(directory)
+        adapter = (Path(directory) / "adapter_model.safetensors").stat().st_size
+        checkpoint = files.write_tensors(Path(directory) / "full.safetensors", models["full"].state_dict())
+        size = checkpoint.stat().st_size
+    time = times["lora"].median / times["full"].median
+    memory = peaks["lora"] / peaks["full"]
+    return Evidence(
+        f"Four {width}² layers, batch 128, r = 8, LoRA ÷ full: file {adapter / size:.3f} ({adapter:,} and {size:,} "
+        f"bytes), time of a step {time:.2f}, peak memory that a step adds {memory:.2f}.",
+        figures={"file": adapter / size, "time": time, "peak": memory},
+    )

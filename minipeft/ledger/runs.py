@@ -1,0 +1,102 @@
+"""Training runs that several claims read: each is done once in a process, whoever asks first."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import data, optim
+from ..methods.lora import LoraConfig
+from ..models import load_base
+from ..nn import Module
+from ..peft import get_peft_model
+from ..tensor import no_grad
+from ..train import History, Progress, fit
+
+STEPS, BATCH = 200, 64
+LEARNING_RATE = {"full": 1e-3, "lora": 5e-3}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A base before, and the model after adapting it to the shifted digits.
+
+    Attributes:
+        model: as trained (a PeftModel for LoRA).
+        before: the base's arrays by name, copied.
+        history: of the training.
+        movement: ‖W_t − W_{t−1}‖_F over all trained weights, each step (full fine-tuning only).
+        frozen_gradients: how many gradients of frozen parameters existed after any step.
+        accuracy: on the shifted test set, before and after.
+    """
+
+    model: Module
+    before: dict[str, Any]
+    history: History
+    movement: list[float]
+    frozen_gradients: int
+    accuracy: tuple[float, float]
+
+
+def accuracy(model: Module, x: Any, y: Any) -> float:
+    """The share of x whose largest logit is y's."""
+    with no_grad():
+        return float((model(x).data.argmax(axis=1) == y).mean())
+
+
+@functools.cache
+def adapt(method: str = "lora", base: str = "vit", r: int = 8, seed: int = 0, steps: int = STEPS) -> Run:
+    """Adapt a pre-trained base to the shifted digits by "full" fine-tuning (the head stays, as in LoRA) or "lora"."""
+    task, model = data.digits.transfer(), load_base(base)
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    start = accuracy(model, *task.test)
+    model = _prepared(model, method, r, seed)
+    movement, seen = [], []
+    watch = _watch_movement(model, movement) if method == "full" else _watch_frozen(seen)
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE[method])
+    batches = data.digits.batches(*task.train, batch_size=BATCH, seed=seed)
+    history = fit(model, batches, steps=steps, optimizer=optimizer, callbacks=[watch], progress=False)
+    return Run(model, before, history, movement, sum(seen), (start, accuracy(model.eval(), *task.test)))
+
+
+def _prepared(model: Module, method: str, r: int, seed: int) -> Module:
+    if method == "lora":
+        return get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r), seed=seed)
+    model.requires_grad_(True)
+    model.get_submodule(model.output_head).requires_grad_(False)
+    return model
+
+
+def _watch_movement(model: Module, movement: list[float]) -> Callable[[Progress], None]:
+    last = {n: p.data.copy() for n, p in model.named_parameters() if p.requires_grad}
+
+    def watch(progress: Progress) -> None:
+        now = {n: p.data for n, p in model.named_parameters() if n in last}
+        movement.append(float(np.sqrt(sum(np.sum((now[n] - last[n]) ** 2, dtype=np.float64) for n in last))))
+        for n in last:
+            last[n][...] = now[n]
+
+    return watch
+
+
+def _watch_frozen(seen: list[int]) -> Callable[[Progress], None]:
+    def watch(progress: Progress) -> None:
+        seen.append(sum(p.grad is not None for p in progress.model.parameters() if not p.requires_grad))
+
+    return watch
+
+
+def weight_updates(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(W before, ΔW) of every adapted or fully trained projection: matrices of Linears, without the head."""
+    if hasattr(run.model, "adapter_layers"):
+        return {n: (run.before[f"{n}.weight"], layer.delta("default")) for n, layer in run.model.adapter_layers()}
+    after = run.model.state_dict()
+    return {
+        name.removesuffix(".weight"): (run.before[name], after[name] - run.before[name])
+        for name in after
+        if name.endswith("proj.weight") or (name.startswith("fc") and name.endswith(".weight"))
+    }
