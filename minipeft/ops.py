@@ -38,7 +38,19 @@ def operands(op: str, *inputs: Any) -> list[Tensor]:
                 like = x
                 break
             like = x if like is None else like
+    else:
+        like = _float_among(inputs, like)
     return [_operand(op, x, like) for x in inputs]
+
+
+def _float_among(inputs: Sequence[Any], like: Tensor | None) -> Tensor | None:
+    """What sets the dtype where no tensor has floats: an array that has, else a fraction, of the default dtype."""
+    for x in inputs:
+        if hasattr(x, "dtype") and not isinstance(x, Tensor | np.generic) and backend.is_float(x.dtype):
+            return Tensor(x)
+    if like is not None and any(isinstance(x, float | np.floating) for x in inputs):
+        return Tensor(like.data, dtype=backend.get_default_dtype())
+    return like
 
 
 def _operand(op: str, x: Any, like: Tensor | None) -> Tensor:
