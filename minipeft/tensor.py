@@ -254,6 +254,7 @@ def _walk(root: Tensor, grad: Array, counter: backend.FlopCounter | None) -> Non
         node = nodes.pop()
         backward, parents, node._backward, node._parents = node._backward, node._parents, _freed, ()
         g = grads.pop(node, None)
+        owned.discard(node)  # or its output would live as long as the walk
         if g is None:  # only an integer-like path led here
             node._held = None
             continue
