@@ -6,6 +6,7 @@
 #   make lint       ruff: lint and format, nothing is changed
 #   make format     ruff: mend what can be mended
 #   make bench      one training step beside PyTorch's and HIPS autograd's, as ratios (installs both)
+#   make figures    draw the figures again, into figures/
 #   make clean      remove .venv and the caches
 #
 # Another Python: make test PYTHON=python3.13 (a .venv of another Python is made anew).
@@ -14,7 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help verify test oracles lint format bench clean
+.PHONY: help verify test oracles lint format bench figures clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -57,6 +58,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/mlp_step.py
+
+figures: $(VENV)/.base
+	$(BIN)/minipeft figures
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache

@@ -1,4 +1,7 @@
-"""The run of `minipeft train`: a pre-trained digit classifier adapted to shifted digits, accuracy before and after."""
+"""The run of `minipeft train`: a pre-trained digit classifier adapted to shifted digits, accuracy before and after.
+
+Left to its defaults it is the run that the ledger judges and the figures show (ledger/runs.py).
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,17 @@ from rich.table import Table
 
 from . import files, optim
 from .data import digits
+from .ledger.runs import BATCH, LEARNING_RATE, STEPS, accuracy
 from .methods.lora import LoraConfig
 from .models import BASES, load_base
 from .nn import Module
 from .peft import PeftModel, get_peft_model
-from .tensor import no_grad
 from .train import CHECKPOINT, fit
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method is set up: its config from r, α and targets (None: everything trains), and a good learning rate."""
+    """A method: its config from r, α and targets (None: all weights but the output head train), and a learning rate."""
 
     config: Callable[[int, float, str | list[str]], Any] | None
     lr: float
@@ -35,9 +38,9 @@ def _lora(r: int, alpha: float, targets: str | list[str], **variant: Any) -> Lor
 
 
 METHODS = {
-    "full": Recipe(None, lr=1e-3),
-    "lora": Recipe(_lora, lr=3e-3),
-    "rslora": Recipe(partial(_lora, use_rslora=True), lr=3e-3),
+    "full": Recipe(None, LEARNING_RATE["full"]),
+    "lora": Recipe(_lora, LEARNING_RATE["lora"]),
+    "rslora": Recipe(partial(_lora, use_rslora=True), LEARNING_RATE["lora"]),
 }
 RUN = "run.json"
 
@@ -56,8 +59,8 @@ class Settings:
     r: int | None = None
     alpha: float | None = None
     targets: str | None = None
-    steps: int = 300
-    batch_size: int = 64
+    steps: int = STEPS
+    batch_size: int = BATCH
     lr: float | None = None
     seed: int = 0
 
@@ -69,14 +72,16 @@ class Settings:
             raise ValueError(f"--batch-size: got {self.batch_size}; 1 to {digits.PARTS['train']} is accepted")
         recipe = METHODS[self.method]
         self.lr = recipe.lr if self.lr is None else self.lr
-        for option, default in (("r", 8), ("alpha", 16.0), ("targets", "all-linear")):
-            if recipe.config and getattr(self, option) is None:
-                setattr(self, option, default)
-            elif not recipe.config and getattr(self, option) is not None:
-                raise ValueError(f"--{option}: method {self.method!r} has no such option, it trains every parameter")
+        for option in ("r", "alpha", "targets"):
+            if not recipe.config and getattr(self, option) is not None:
+                raise ValueError(f"--{option}: method {self.method!r} has no such option, it trains whole weights")
+        if recipe.config:
+            self.r = 8 if self.r is None else self.r
+            self.alpha = 2.0 * self.r if self.alpha is None else self.alpha
+            self.targets = self.targets or "all-linear"
 
     def adapter(self) -> Any:
-        """The config of the adapter, or None where everything trains.
+        """The config of the adapter, or None where the weights themselves train.
 
         A regular expression is passed on as it is; names with commas become a list, as `LoraConfig` takes them.
         """
@@ -90,7 +95,7 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console) -> 
     """The run that `settings` describe: everything is checked, then trained, then written and shown.
 
     The directory gets `run.json` (the settings), the checkpoint, and the adapter in PEFT's format, or the whole model
-    where everything trained.
+    where its weights themselves trained.
 
     Raises:
         ValueError: the settings do not fit the model, or with `resume` not the run in the directory.
@@ -100,7 +105,7 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console) -> 
     model = load_base(settings.model)
     size, before = sum(p.size for p in model.parameters()), _accuracies(model, task)
     config = settings.adapter()
-    model = get_peft_model(model, config, seed=settings.seed) if config else model.requires_grad_(True)
+    model = get_peft_model(model, config, seed=settings.seed) if config else _all_but_the_head(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = optim.AdamW(trainable, lr=settings.lr)
     if resume:
@@ -141,14 +146,20 @@ def _check_same_run(settings: Settings, directory: Path, console: Console) -> No
         raise ValueError(f"--resume: the run in {directory} has {earlier['steps']} steps; as many or more are accepted")
 
 
+def _all_but_the_head(model: Module) -> Module:
+    """Full fine-tuning; the output head stays, as it does under LoRA, so that the two are comparable."""
+    model.requires_grad_(True)
+    model.get_submodule(model.output_head).requires_grad_(False)
+    return model
+
+
 def _accuracies(model: Module, task: digits.Task) -> list[float]:
-    """The share of held-out digits whose largest logit is the right one's: shifted, and as they were."""
-    with no_grad():
-        return [float((model(x).numpy().argmax(-1) == y).mean()) for x, y in (task.test, task.original_test)]
+    """On held-out digits, shifted and as they were."""
+    return [accuracy(model, *part) for part in (task.test, task.original_test)]
 
 
 def _save(model: Module, directory: Path) -> Path:
-    """Write the adapter in PEFT's format, or the whole model where everything trained; the path of the tensors."""
+    """Write the adapter in PEFT's format, or the whole model; the path of the tensors."""
     if isinstance(model, PeftModel):
         model.save_pretrained(directory)
         return directory / "adapter_model.safetensors"

@@ -91,14 +91,14 @@ def train(
     r: Annotated[int | None, typer.Option(help="Rank of the update BA.  [dim]\\[default: 8][/]")] = None,
     alpha: Annotated[
         float | None,
-        typer.Option(help="α: the update is scaled by α/r (rslora: α/√r).  [dim]\\[default: 16][/]"),
+        typer.Option(help="α: the update is scaled by α/r (rslora: α/√r).  [dim]\\[default: 2r][/]"),
     ] = None,
     targets: Annotated[
         str | None,
         typer.Option(help="Layers to adapt: all-linear, or names with commas.  [dim]\\[default: all-linear][/]"),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps (AdamW).")] = 300,
-    batch_size: Annotated[int, typer.Option(min=1, help="Digits in a step.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps (AdamW).")] = adapt.STEPS,
+    batch_size: Annotated[int, typer.Option(min=1, help="Digits in a step.")] = adapt.BATCH,
     lr: Annotated[float | None, typer.Option(help="Learning rate.  [dim]\\[default: the method's][/]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="For start values and the order of the digits.")] = 0,
     shift: Annotated[
@@ -215,7 +215,21 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- doctor -----------------------------------------------------------------------------------------------------------
+# --- figures and doctor -----------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="[bold]minipeft figures[/]   or   [bold]minipeft figures adaptation --out pictures[/]")
+def figures(
+    names: Annotated[list[str] | None, typer.Argument(help="Figures; all when left out.", show_default=False)] = None,
+    directory: Annotated[Path, typer.Option("--out", help="Where the SVG and PNG files go.")] = Path("figures"),
+) -> None:
+    """Draw the figures, from runs made now."""
+    from .plots import write_figures
+
+    check_writable(directory, "--out", directory=True)
+    with user_errors(), err.status("drawing …") if err.is_terminal else nullcontext():
+        for path in write_figures(directory, names):
+            out.print(f"saved [bold]{path}[/]", soft_wrap=True)
 
 
 @app.command()

@@ -45,7 +45,7 @@ def test_version():
 
 def test_help_names_every_command_in_one_line_each():
     output = minipeft_command("--help").output
-    assert all(f" {command} " in output for command in ("train", "verify", "doctor"))
+    assert all(f" {command} " in output for command in ("train", "verify", "figures", "doctor"))
 
 
 def test_the_module_runs_as_the_command():
@@ -64,7 +64,7 @@ def test_help_lists_the_choices():
         (["train", "--model", "bert"], "--model: got 'bert'; accepted are mlp, vit"),
         (["train", "--method", "magic"], "--method: got 'magic'; accepted are full, lora, rslora"),
         (["train", "--shift", "bent"], "--shift: got 'bent'; accepted are rotated"),
-        (["train", "--method", "full", "--r", "4"], "--r: method 'full' has no such option"),
+        (["train", "--method", "full", "--r", "4"], "--r: method 'full' has no such option, it trains whole weights"),
         (["train", "--r", "0"], "r: got 0"),
         (["train", "--r", "49"], "rank at most 48"),
         (["train", "--alpha", "-1"], "lora_alpha: got -1.0"),
@@ -75,6 +75,8 @@ def test_help_lists_the_choices():
         (["train", "--batch-size", "401"], "--batch-size: got 401; 1 to 400 is accepted"),
         (["train", "--out", "file"], "--out: file is a file"),
         (["verify", "Nothing"], "'Nothing'; accepted are LoRA"),
+        (["figures", "nothing"], "figure: got 'nothing'; accepted are adaptation"),
+        (["figures", "--out", "file"], "--out: file is a file"),
         (["verify", "--json", "."], "--json: . is a directory"),
         (["verify", "--json", "file/ledger.json"], "--json: cannot write in file"),
     ],
@@ -115,7 +117,7 @@ def accuracies(output: str) -> dict[str, list[float]]:
 
 
 def test_lora_learns_the_shifted_digits_and_comes_off_again():
-    result = minipeft_command("train", "--model", "mlp", "--steps", "300")
+    result = minipeft_command("train", "--model", "mlp")
     assert result.exit_code == 0
     rows = accuracies(result.output)
     before, after, off = rows["rotated"]
