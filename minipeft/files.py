@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .backend import Array, to_numpy
 
 
@@ -33,8 +35,12 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 
 
 def write_json(path: str | os.PathLike, data: Any) -> Path:
-    """JSON with two spaces of indent and sorted keys, as Hugging Face writes configs."""
-    return write_text(path, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    """JSON with two spaces of indent and sorted keys, as Hugging Face writes configs.
+
+    Inner objects keep their order: in `rank_pattern` the first key that matches counts.
+    """
+    data = dict(sorted(data.items())) if isinstance(data, dict) else data
+    return write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Array], metadata: dict[str, str] | None = None) -> Path:
@@ -64,18 +70,30 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata.
+    """The tensors of a safetensors file and its metadata. bfloat16, which NumPy lacks, becomes float32, exactly.
 
     Raises:
         FileNotFoundError, ValueError: no such file; cut short, or not safetensors.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError, deserialize, safe_open
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            half = [name for name in file.keys() if file.get_slice(name).get_dtype() == "BF16"]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name not in half}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+        if half:
+            raw = dict(deserialize(path.read_bytes()))
+            tensors |= {name: _from_bfloat16(raw[name]) for name in half}
+        return tensors, metadata
     except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or save it again") from error
+
+
+def _from_bfloat16(tensor: dict[str, Any]) -> np.ndarray:
+    """bfloat16 is the upper half of a float32."""
+    halves = np.frombuffer(tensor["data"], "<u2").astype("<u4")
+    return (halves << 16).view("<f4").reshape(tensor["shape"])

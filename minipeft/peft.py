@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import files
-from .backend import Array, generator
+from .backend import Array, generator, get_namespace, matmul
 from .methods.base import AdapterLayer, Method
 from .methods.lora import LoraConfig, LoraLinear
 from .nn import Linear, Module, Parameter, assign, closest
@@ -44,20 +44,18 @@ def get_peft_model(
         ValueError: a target that does not exist or is no Linear, or a rank that a layer does not allow.
         TypeError: `model` has adapters already: use its `add_adapter`.
     """
-    if isinstance(model, PeftModel):
-        raise TypeError("model: it is a PeftModel already; use model.add_adapter(name, config)")
+    if any(isinstance(module, PeftModel | AdapterLayer | SavedModule) for module in model.modules()):
+        raise TypeError("model: it has adapters already; use its PeftModel's add_adapter(name, config), or unload()")
+    return _adapted(model, config, batches, loss_fn, adapter_name, seed)
+
+
+def _adapted(model: Module, config: Any, batches: Any, loss_fn: Any, adapter_name: str, seed: Any) -> PeftModel:
     peft_model = PeftModel.__new__(PeftModel)
     peft_model.base_model, peft_model.peft_config, peft_model.methods = _Base(model), {}, {}
-    peft_model.active_adapters, peft_model._disabled = [], False
-    was_trainable = [(p, p.requires_grad) for p in model.parameters()]
-    plan = _Plan(model, config, adapter_name)
-    model.requires_grad_(False)
-    try:
-        peft_model._attach(plan, batches, loss_fn, seed)
-    except BaseException:
-        for p, requires_grad in was_trainable:
-            p.requires_grad = requires_grad
-        raise
+    peft_model.active_adapters = []
+    peft_model.training = peft_model.base_model.training = model.training
+    peft_model._attach(_Plan(model, config, adapter_name), batches, loss_fn, seed)
+    model.zero_grad()  # what is frozen now holds no gradient of an earlier training
     return peft_model
 
 
@@ -133,14 +131,20 @@ def _output_heads(model: Module) -> set[str]:
 
 
 def _find_saved(model: Module, names: Iterable[str]) -> list[str]:
-    modules = [name for name, _ in _outer_modules(model) if name]
+    """The names of the modules that `modules_to_save` means; one that lies inside another is saved with that one."""
+    modules = {name: module for name, module in _outer_modules(model) if name}
     found: list[str] = []
     for wanted in names:
         matching = [name for name in modules if name == wanted or name.endswith("." + wanted)]
         if not matching:
             raise ValueError(f"modules_to_save: no module is called {wanted!r}; {closest(wanted, modules)}")
+        for name in matching:
+            if any(isinstance(m, AdapterLayer) for m in modules[name].modules()):
+                raise ValueError(
+                    f"modules_to_save: {name!r} has another adapter's layers inside; it cannot be saved whole"
+                )
         found += matching
-    return found
+    return [name for name in modules if name in found and not any(name.startswith(f"{outer}.") for outer in found)]
 
 
 class SavedModule(Module):
@@ -171,6 +175,24 @@ class _Base(Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
         return self.model(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(model: Module) -> Iterator[None]:
+    """Give every module its attributes, and every parameter its array and flag, back if anything inside fails."""
+    modules = [
+        (m, {k: copy.copy(v) if type(v) in (list, dict) else v for k, v in vars(m).items()}) for m in model.modules()
+    ]
+    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for p, data, requires_grad in parameters:
+            p.data, p.requires_grad = data, requires_grad
+        raise
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -230,28 +252,35 @@ class PeftModel(Module):
         Raises:
             ValueError: the name is taken, adapters are merged, or as `get_peft_model`.
         """
-        if adapter_name in self.peft_config:
-            raise ValueError(f"adapter_name: {adapter_name!r} exists; there are {sorted(self.peft_config)}")
-        if self.merged_adapters:
-            raise ValueError("add_adapter: adapters are merged; call unmerge_adapter() first")
+        self._check_addable(adapter_name)
+        if sum(getattr(c, "bias", "none") != "none" for c in (config, *self.peft_config.values())) > 1:
+            raise ValueError("bias: another adapter trains biases already; 'none' is accepted")
         active = list(self.active_adapters)
         self._attach(_Plan(self.base_model.model, config, adapter_name), batches, loss_fn, seed)
         self.set_adapter(active)
 
+    def _check_addable(self, adapter_name: str) -> None:
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name: {adapter_name!r} exists; there are {sorted(self.peft_config)}")
+        if self.merged_adapters:
+            raise ValueError("add_adapter: adapters are merged; call unmerge_adapter() first")
+
     def _attach(self, plan: _Plan, batches: Any, loss_fn: Any, seed: Any) -> None:
         model, method = self.base_model.model, plan.method
         method.adapter, method.rng = plan.adapter, generator(seed)
-        method.prepare(model, batches, loss_fn)
-        for name in plan.targets:
-            model.set_submodule(name, method.wrap(name, model.get_submodule(name)))
-        for name in plan.saved:
-            module = model.get_submodule(name)
-            if not isinstance(module, SavedModule):
-                module = SavedModule(module)
-                model.set_submodule(name, module)
-            module.modules_to_save[plan.adapter] = copy.deepcopy(module.original_module)
-        self.peft_config[plan.adapter], self.methods[plan.adapter] = plan.config, method
-        self.set_adapter(plan.adapter)
+        with _unchanged_on_error(model):
+            method.prepare(model, batches, loss_fn)
+            for name in plan.targets:
+                linear = model.get_submodule(name)
+                model.set_submodule(name, method.wrap(name, linear).train(linear.training))
+            for name in plan.saved:
+                module = model.get_submodule(name)
+                if not isinstance(module, SavedModule):
+                    module = SavedModule(module)
+                    model.set_submodule(name, module)
+                module.modules_to_save[plan.adapter] = copy.deepcopy(module.original_module)
+            self.peft_config[plan.adapter], self.methods[plan.adapter] = plan.config, method
+            self.set_adapter(plan.adapter)
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Make this adapter (or these) the active one: only its parameters train, only it takes part in forward.
@@ -259,10 +288,7 @@ class PeftModel(Module):
         Raises:
             ValueError: no adapter has this name.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
-            if name not in self.peft_config:
-                raise ValueError(f"set_adapter: no adapter {name!r}; there are {sorted(self.peft_config)}")
+        names = self._existing("set_adapter", [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         self.active_adapters = names
         for _, layer in [*self.adapter_layers(), *self._saved_modules()]:
             layer.active = names
@@ -271,6 +297,34 @@ class PeftModel(Module):
             if not self.peft_config[name].inference_mode:
                 for parameter in self.adapter_state(name).values():
                     parameter.requires_grad = True
+
+    def _existing(self, caller: str, names: Iterable[str]) -> list[str]:
+        """The names as a list, each once, after checking that they are adapters here."""
+        names = list(dict.fromkeys(names))
+        if not names or any(name not in self.peft_config for name in names):
+            raise ValueError(f"{caller}: got {names}; there are {sorted(self.peft_config)}")
+        return names
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; what its start took from the weights is given back. The first of the rest becomes active
+        where it was the only active one.
+
+        Raises:
+            ValueError: no adapter has this name, it is merged, or it is the only one (`unload` gives the base model).
+        """
+        self._existing("delete_adapter", [adapter_name])
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"delete_adapter: {adapter_name!r} is merged; call unmerge_adapter() first")
+        rest = [name for name in self.peft_config if name != adapter_name]
+        if not rest:
+            raise ValueError(f"delete_adapter: {adapter_name!r} is the only adapter; unload() gives the base model")
+        for _, layer in self.adapter_layers():
+            if adapter_name in layer.adapters:
+                layer.remove(adapter_name)
+        for _, layer in self._saved_modules():
+            layer.modules_to_save.pop(adapter_name, None)
+        del self.peft_config[adapter_name], self.methods[adapter_name]
+        self.set_adapter([name for name in self.active_adapters if name != adapter_name] or rest[0])
 
     def adapter_state(self, adapter_name: str = "default") -> dict[str, Parameter]:
         """The parameters that belong to an adapter (its factors, its saved modules, the biases it trains), under the
@@ -299,13 +353,14 @@ class PeftModel(Module):
         if merged:
             self.unmerge_adapter()
         layers = [layer for _, layer in [*self.adapter_layers(), *self._saved_modules()]]
+        before = [layer.disabled for layer in layers]
         for layer in layers:
             layer.disabled = True
         try:
             yield
         finally:
-            for layer in layers:
-                layer.disabled = False
+            for layer, disabled in zip(layers, before, strict=True):
+                layer.disabled = disabled
             if merged:
                 self.merge_adapter(merged)
 
@@ -314,7 +369,7 @@ class PeftModel(Module):
     @property
     def merged_adapters(self) -> list[str]:
         """The names of the adapters that are inside the weights now."""
-        return next((list(layer.merged) for _, layer in self.adapter_layers() if layer.merged), [])
+        return list(dict.fromkeys(name for _, layer in self.adapter_layers() for name in layer.merged))
 
     def merge_adapter(self, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' ΔW to the weights (the active ones when left out): forward costs what the base costs.
@@ -322,12 +377,9 @@ class PeftModel(Module):
         Raises:
             ValueError: adapters are merged already, or a name does not exist.
         """
-        names = list(self.active_adapters) if adapter_names is None else list(adapter_names)
+        names = self._existing("merge_adapter", self.active_adapters if adapter_names is None else adapter_names)
         if self.merged_adapters:
             raise ValueError(f"merge_adapter: {self.merged_adapters} are merged already; call unmerge_adapter() first")
-        for name in names:
-            if name not in self.peft_config:
-                raise ValueError(f"merge_adapter: no adapter {name!r}; there are {sorted(self.peft_config)}")
         for _, layer in self.adapter_layers():
             layer.merge(names)
 
@@ -343,9 +395,16 @@ class PeftModel(Module):
             layer.unmerge()
 
     def merge_and_unload(self, adapter_names: list[str] | None = None) -> Module:
-        """The base model with the adapters' ΔW inside its weights and all wrapping gone. The PeftModel is used up."""
-        if not self.merged_adapters:
+        """The base model with the adapters' ΔW inside its weights (the active ones when left out), all wrapping gone.
+        The PeftModel is used up.
+
+        Raises:
+            ValueError: a name does not exist, or other adapters are merged already.
+        """
+        merged = self.merged_adapters
+        if not merged or (adapter_names is not None and set(adapter_names) != set(merged)):
             self.merge_adapter(adapter_names)
+        self.set_adapter(self.merged_adapters)  # their modules_to_save go into the model
         return self._unload()
 
     def unload(self) -> Module:
@@ -394,8 +453,7 @@ class PeftModel(Module):
         Raises:
             ValueError: no adapter has this name.
         """
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"adapter_name: no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
+        self._existing("save_pretrained", [adapter_name])
         if Path(path).exists() and not Path(path).is_dir():
             raise ValueError(f"path: {path} is a file; a directory is accepted")
         config, state = self.peft_config[adapter_name], self.adapter_state(adapter_name)
@@ -407,9 +465,20 @@ class PeftModel(Module):
         }
         if offsets:
             values, config = _without_offset(values, config, offsets)
+        config = self._portable(config, adapter_name)
         metadata = {"format": "pt"}  # PEFT writes so; readers ask for it
         files.write_tensors(Path(path) / "adapter_model.safetensors", values, metadata)
         files.write_json(Path(path) / "adapter_config.json", {**config.to_dict(), "inference_mode": True})
+
+    def _portable(self, config: Any, adapter_name: str) -> Any:
+        """The config in words that PEFT knows: targets by their names, since its "all-linear" means another set on
+        models that are not its own; and of the start values only whether the base stays as it is."""
+        changes: dict[str, Any] = {}
+        if isinstance(config.target_modules, str) and config.target_modules.lower() in ALL_LINEAR:
+            changes["target_modules"] = [name for name, m in self.adapter_layers() if adapter_name in m.adapters]
+        if getattr(config, "init_lora_weights", None) in ("kaiming", "gaussian_b"):
+            changes["init_lora_weights"] = True
+        return replace(config, **changes)
 
     @classmethod
     def from_pretrained(
@@ -423,14 +492,17 @@ class PeftModel(Module):
             FileNotFoundError: no adapter_config.json or adapter_model.safetensors there.
             ValueError: not an adapter, or one that does not fit this model: which tensors are missing, too many or of
                 another shape.
+
+        Unless `is_trainable`, everything is frozen and in inference mode.
         """
         config, values = _read_adapter(model, path, adapter_name, is_trainable)
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         peft_model._load(adapter_name, values)
-        return peft_model
+        return peft_model if is_trainable else peft_model.eval()
 
     def load_adapter(self, path: str | os.PathLike, adapter_name: str, is_trainable: bool = False) -> None:
         """Attach one more adapter, from a directory; it is active only after `set_adapter`."""
+        self._check_addable(adapter_name)
         config, values = _read_adapter(self.base_model.model, path, adapter_name, is_trainable)
         self.add_adapter(adapter_name, config)
         self._load(adapter_name, values)
@@ -443,19 +515,31 @@ class PeftModel(Module):
 def _without_offset(
     values: dict[str, Array], config: LoraConfig, offsets: dict[str, tuple[Array, Array]]
 ) -> tuple[dict[str, Array], LoraConfig]:
-    """The same update as an ordinary adapter of rank 2r; α grows with it, so that s stays α/r (or α/√r)."""
-    values = dict(values)
+    """The same update as an ordinary adapter of rank 2r; α grows with the rank, so that s stays α/r (or α/√r).
+
+    Where a weight has no rank 2r the product itself is one factor and the identity the other.
+    """
+    values, ranks, alphas = dict(values), {}, {}
+    growth = lambda ratio: ratio**0.5 if config.use_rslora else ratio  # noqa: E731
     for name, (A0, B0) in offsets.items():
-        a, b = f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
-        values[a] = np.concatenate([values[a], A0], axis=0)
-        values[b] = np.concatenate([values[b], -B0], axis=1)
-    growth = 2**0.5 if config.use_rslora else 2
+        xp, key = get_namespace(A0), f"base_model.model.{name}"
+        A = xp.concatenate([values[f"{key}.lora_A.weight"], A0], axis=0)  # (2r, in)
+        B = xp.concatenate([values[f"{key}.lora_B.weight"], -B0], axis=1)  # (out, 2r)
+        most = min(B.shape[0], A.shape[1])
+        if A.shape[0] > most:
+            identity = xp.eye(most, dtype=A.dtype)
+            A, B = (matmul(B, A), identity) if B.shape[0] == most else (identity, matmul(B, A))
+        values[f"{key}.lora_A.weight"], values[f"{key}.lora_B.weight"] = A, B
+        exactly = f"^{re.escape(name)}"  # "$" is added when it is matched
+        ranks[exactly] = A.shape[0]
+        alphas[exactly] = growth(A.shape[0] / A0.shape[0]) * config.alpha_of(name)
+    r, alpha = 2 * config.r, growth(2) * config.lora_alpha
     return values, replace(
         config,
-        r=2 * config.r,
-        lora_alpha=growth * config.lora_alpha,
-        rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
-        alpha_pattern={key: growth * alpha for key, alpha in config.alpha_pattern.items()},
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern={name: own for name, own in ranks.items() if own != r},
+        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
         init_lora_weights=True,
     )
 
@@ -467,14 +551,14 @@ def _read_adapter(
     directory = Path(path)
     data = files.read_json(directory / "adapter_config.json")
     kind = data.get("peft_type")
-    if kind not in CONFIGS:
+    if not isinstance(kind, str) or kind not in CONFIGS:
         raise ValueError(f"{directory}: peft_type is {kind!r}; accepted are {', '.join(map(repr, CONFIGS))}")
     if not (directory / "adapter_model.safetensors").exists() and (directory / "adapter_model.bin").exists():
         raise ValueError(f"{directory}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
     config = replace(CONFIGS[kind].from_dict(data), inference_mode=not is_trainable)
     values, _ = files.read_tensors(directory / "adapter_model.safetensors")
     shared = {id(p.data): p.data for p in model.parameters()}  # the trial model copies no weight
-    trial = get_peft_model(copy.deepcopy(model, shared), config, adapter_name=adapter_name)
+    trial = _adapted(copy.deepcopy(model, shared), config, None, None, adapter_name, 0)
     wanted = {name: parameter.shape for name, parameter in trial.adapter_state(adapter_name).items()}
     missing, extra = sorted(wanted.keys() - values.keys()), sorted(values.keys() - wanted.keys())
     if missing or extra:
