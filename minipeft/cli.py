@@ -183,7 +183,7 @@ def _table(verdicts: list[Any], width: int) -> Table:
     for name, ratio in (("section", None), ("claim", None), ("the document says", 4)) if wide else (("claim", 4),):
         table.add_column(name, ratio=ratio, no_wrap=wide and ratio is None)
     table.add_column("found", ratio=5)
-    table.add_column("verdict", min_width=9, max_width=12 if width < 150 else None)
+    table.add_column("verdict", min_width=9, max_width=13)  # "within limits"
     previous = None
     for v in verdicts:
         claim = Text(v.id, style="bold")
