@@ -370,10 +370,11 @@ def _prepare(group: dict[str, Any], unit: Unit, g: Array, weight_decay: float) -
             flat += weight_decay * theta
 
 
-def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> float:
+def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients by min(1, max_norm/(‖g‖₂ + 1e-6)); returns ‖g‖₂ over all of them, as before."""
     if not max_norm > 0:
         raise ValueError(f"max_norm: got {max_norm}; a positive number is accepted")
+    params = [params] if isinstance(params, Tensor) else params
     grads = [p.grad for p in params if p.grad is not None]
     norm = math.sqrt(sum(float((g * g).sum(dtype="float64")) for g in grads))
     scale = max_norm / (norm + 1e-6)

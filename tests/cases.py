@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,27 +261,40 @@ def groups(params: list[Any]) -> list[dict[str, Any]]:
     return [{"params": params[:2]}, {"params": params[2:], "lr": 0.05}]
 
 
-def trajectory(name: str, dtype: Any = "float64", xp: Any = np) -> list[list[np.ndarray]]:
-    """The parameters after each of the 50 steps of an optimizer."""
+def starting_values(dtype: Any = "float64") -> list[np.ndarray]:
+    """What the parameters are before the first step."""
+    return [numbers(shape, i).astype(dtype) for i, shape in enumerate(SHAPES)]
+
+
+def optimizer(name: str, params: list[Any], library: Any = optim) -> Any:
+    """The optimizer of this name from minipeft.optim or torch.optim."""
     kind, options = OPTIMIZERS[name]
-    params = [Tensor(xp.asarray(numbers(s, i).astype(dtype)), requires_grad=True) for i, s in enumerate(SHAPES)]
-    optimizer = getattr(optim, kind)(groups(params), **options)
-    return steps(optimizer, params, lambda g: xp.asarray(g.astype(dtype)), lambda p: backend.to_numpy(p.data).copy())
+    return getattr(library, kind)(groups(params), **options)
 
 
-def steps(optimizer: Any, params: list[Any], convert: Callable, read: Callable) -> list[list[np.ndarray]]:
-    """Take the 50 steps with an optimizer of either library."""
-    base = [group["lr"] for group in optimizer.param_groups]
-    history = []
-    for step in range(1, STEPS + 1):
+def steps(name: str, optimizer: Any, params: list[Any], convert: Callable, numbers: range) -> Iterator[None]:
+    """Take the steps with these numbers (from 1); `convert` makes a gradient of an array."""
+    base = OPTIMIZERS[name][1].get("lr", 1e-3), 0.05
+    for step in numbers:
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = learning_rate(lr, step)
         for i, (p, shape) in enumerate(zip(params, SHAPES, strict=True)):
             g = gradient(i, step, shape)
             p.grad = None if g is None else convert(g)
         optimizer.step()
-        history.append([read(p) for p in params])
-    return history
+        yield
+
+
+def trajectory(name: str, dtype: Any = "float64", xp: Any = np) -> list[list[np.ndarray]]:
+    """The parameters after each of the 50 steps of an optimizer."""
+    params = [Tensor(xp.asarray(values), requires_grad=True) for values in starting_values(dtype)]
+    walk = steps(name, optimizer(name, params), params, lambda g: xp.asarray(g.astype(dtype)), range(1, STEPS + 1))
+    return [[backend.to_numpy(p.data).copy() for p in params] for _ in walk]
+
+
+def kept(history: list[list[np.ndarray]]) -> np.ndarray:
+    """The steps of a trajectory that the reference file has, as one row."""
+    return flat([a for step in KEPT_STEPS for a in history[step - 1]])
 
 
 def flat(arrays: list[np.ndarray]) -> np.ndarray:

@@ -30,23 +30,18 @@ def torch_trajectory(name: str, dtype: Any = "float64") -> list[list[np.ndarray]
     """As `cases.trajectory`, by PyTorch."""
     import torch
 
-    kind, options = cases.OPTIMIZERS[name]
-    params = [torch.tensor(cases.numbers(s, i).astype(dtype), requires_grad=True) for i, s in enumerate(cases.SHAPES)]
-    optimizer = getattr(torch.optim, kind)(cases.groups(params), **options)
-    convert, read = lambda g: torch.tensor(g.astype(dtype)), lambda p: p.detach().numpy().copy()
-    return cases.steps(optimizer, params, convert, read)
-
-
-def kept(history: list[list[np.ndarray]]) -> np.ndarray:
-    """The steps of a trajectory that the file keeps, as one row."""
-    return cases.flat([a for step in cases.KEPT_STEPS for a in history[step - 1]])
+    params = [torch.tensor(values, requires_grad=True) for values in cases.starting_values(dtype)]
+    optimizer = cases.optimizer(name, params, torch.optim)
+    walk = cases.steps(name, optimizer, params, lambda g: torch.tensor(g.astype(dtype)), range(1, cases.STEPS + 1))
+    return [[p.detach().numpy().copy() for p in params] for _ in walk]
 
 
 def main() -> None:
     """Write both files."""
     operations = {name: cases.flat(torch_value_and_gradients(case)) for name, case in cases.CASES.items()}
+    trajectories = {name: cases.kept(torch_trajectory(name)) for name in cases.OPTIMIZERS}
     np.savez_compressed(cases.REFERENCES / "ops.npz", **operations)
-    np.savez_compressed(cases.REFERENCES / "optim.npz", **{n: kept(torch_trajectory(n)) for n in cases.OPTIMIZERS})
+    np.savez_compressed(cases.REFERENCES / "optim.npz", **trajectories)
 
 
 if __name__ == "__main__":
