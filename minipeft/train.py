@@ -1,4 +1,4 @@
-"""fit: the training loop, with a method's hooks, a progress bar, checkpoints, and a resume that ends with the same bits."""
+"""fit: the training loop, with a method's hooks, a progress bar, checkpoints, and a resume that gives the same bits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class NonFiniteLossError(ArithmeticError):
 
 def classification_loss(model: Module, batch: Any) -> Tensor:
     """cross_entropy(model(x), y) for a batch (x, y)."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise TypeError(f"batches: each must be a pair (x, y), or pass loss_fn; got one of type {type(batch).__name__}")
     x, y = batch
     return ops.cross_entropy(model(x), y)
 
@@ -84,7 +87,8 @@ def fit(
 
     Args:
         batches: a function of the batch's number, a sequence (taken round and round; without a length, endless), or an
-            iterable (iterated again when it ends). For a resume that ends with the same bits it must give the same batches again.
+            iterable (iterated again when it ends). For a resume that ends with the same bits it must give the same
+            batches again.
         loss_fn: (model, batch) -> scalar Tensor; left out, cross entropy for batches (x, y).
         method: its hooks are called; left out, the method of a PeftModel's active adapter.
         clip_norm: scale the gradients down to this total norm.
@@ -97,14 +101,16 @@ def fit(
         progress: show a bar; left out, on a terminal only.
 
     Raises:
-        ValueError: an argument out of its range, nothing to train, or a checkpoint of something else.
-        NonFiniteLossError: the loss is NaN or infinite. The last checkpoint stays.
+        ValueError: an argument out of its range, nothing to train, a trainable parameter that the optimizer does not
+            know, or a checkpoint of another run.
+        NonFiniteLossError: the loss, or a parameter that was to be kept, is NaN or infinite. The last checkpoint stays.
     """
     loss_fn = loss_fn or classification_loss
     method = method or (getattr(model, "method", None) if hasattr(model, "peft_config") else None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check(steps, grad_accumulation, checkpoint_every, clip_norm, trained, optimizer)
     checkpoint = Path(checkpoint_dir) / CHECKPOINT if checkpoint_dir is not None else None
+    identity = _identity(model, optimizer) if checkpoint is not None else {}
     every = checkpoint_every or max(1, steps // 10)
     history = History()
     first = 0
@@ -112,11 +118,11 @@ def fit(
         if checkpoint is None:
             raise ValueError("resume: needs checkpoint_dir")
         if checkpoint.exists():
-            first = _load(checkpoint, model, trained, optimizer, history)
+            first = _load(checkpoint, model, trained, optimizer, history, identity, steps)
             if scheduler is not None:
                 scheduler.go_to(first)
     stream = _stream(batches, first * grad_accumulation)
-    was_training, start = model.training, time.perf_counter()
+    modes, start = [(module, module.training) for module in model.modules()], time.perf_counter()
     model.train()
     try:
         with _bar(steps, first, progress) as show:
@@ -136,13 +142,17 @@ def fit(
                     method.after_step(model, step)
                 done = step + 1
                 history.seconds = time.perf_counter() - start
-                if checkpoint is not None and (done % every == 0 or done == steps):
-                    _save(checkpoint, done, model, trained, optimizer, history)
+                kept = checkpoint is not None and done % every == 0
+                if kept or done == steps:
+                    _check_finite(trained, done)
+                if checkpoint is not None and (kept or done == steps):
+                    _save(checkpoint, done, model, trained, optimizer, history, identity)
                 show(done, loss, examples)
                 for callback in callbacks:
                     callback(Progress(done, steps, loss, model, optimizer, history))
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return history
 
 
@@ -156,10 +166,10 @@ def _check(steps: int, accumulation: int, every: int | None, clip: float | None,
         raise ValueError("model: no parameter requires a gradient, there is nothing to train")
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     lost = [name for name, p in trained.items() if id(p) not in known]
-    if len(lost) == len(trained):
+    if lost:
         raise ValueError(
-            "optimizer: none of the model's trainable parameters is in it; make it after get_peft_model, "
-            "from model.parameters()"
+            f"optimizer: {len(lost)} of the model's {len(trained)} trainable parameters are not in it ({lost[0]} …); "
+            "make it after get_peft_model, from model.parameters()"
         )
 
 
@@ -171,6 +181,8 @@ def _accumulate(
     for _ in range(n):
         batch = next(stream)
         loss = loss_fn(model, batch)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn: expected a Tensor with one element, got {type(loss).__name__}")
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteLossError(_diagnose(model, loss_fn, batch, step, value))
@@ -231,16 +243,28 @@ def _diagnose(model: Module, loss_fn: Loss, batch: Any, step: int, value: float)
         return watched
 
     modules = list(model.named_modules())
+    own = [vars(module).get("forward") for _, module in modules]
     for name, module in modules:
         module.forward = watch(name or type(module).__name__, module.forward)  # on the instance, for this one run
     try:
         with no_grad(), np.errstate(all="ignore"):
             loss_fn(model, batch)
     finally:
-        for _, module in modules:
+        for (_, module), forward in zip(modules, own, strict=True):
             del module.forward
+            if forward is not None:
+                module.forward = forward
     where = f"the first module whose output is not finite: {first[0]!r}" if first else "every module's output is finite"
     return f"loss is {value} at step {step + 1}; {where}. Try a smaller learning rate, or clip_norm"
+
+
+def _check_finite(trained: dict[str, Any], done: int) -> None:
+    """A finite loss may have an infinite gradient: look at the parameters before they are kept or handed back."""
+    for name, p in trained.items():
+        if not bool(backend.get_namespace(p.data).isfinite(p.data).all()):
+            raise NonFiniteLossError(
+                f"{name} is not finite after step {done}. Try a smaller learning rate, or clip_norm"
+            )
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -248,11 +272,27 @@ def _diagnose(model: Module, loss_fn: Loss, batch: Any, step: int, value: float)
 
 def _generators(model: Module) -> dict[str, np.random.Generator]:
     """The generators that training draws from: modules keep theirs as `rng`."""
-    return {name: module.rng for name, module in model.named_modules() if hasattr(module, "rng")}
+    rngs = {name: getattr(module, "rng", None) for name, module in model.named_modules()}
+    return {name: rng for name, rng in rngs.items() if isinstance(rng, np.random.Generator)}
+
+
+def _identity(model: Module, optimizer: Optimizer) -> dict[str, str]:
+    """What a run that goes on must share with the one that stopped, besides the names and shapes of what trains."""
+    digest = 0
+    for p in model.parameters():
+        if not p.requires_grad:
+            digest = zlib.crc32(np.ascontiguousarray(backend.to_numpy(p.data)).view(np.uint8), digest)
+    return {"optimizer": type(optimizer).__name__, "frozen weights": f"{digest:08x}"}
 
 
 def _save(
-    path: Path, step: int, model: Module, trained: dict[str, Any], optimizer: Optimizer, history: History
+    path: Path,
+    step: int,
+    model: Module,
+    trained: dict[str, Any],
+    optimizer: Optimizer,
+    history: History,
+    identity: dict[str, str],
 ) -> None:
     """Write everything that the rest of the run depends on, to a temporary name, then rename."""
     tensors = {f"model.{name}": p.data for name, p in trained.items()}
@@ -260,32 +300,52 @@ def _save(
     for name in ("loss", "lr", "grad_norm"):
         tensors[f"history.{name}"] = np.array(getattr(history, name), dtype=np.float64)
     states = {name: rng.bit_generator.state for name, rng in _generators(model).items()}
-    files.write_tensors(path, tensors, {"step": str(step), "generators": json.dumps(states)})
+    generators = json.dumps(states, default=np.ndarray.tolist)  # some generators keep arrays
+    files.write_tensors(path, tensors, {"step": str(step), "generators": generators, **identity})
 
 
-def _load(path: Path, model: Module, trained: dict[str, Any], optimizer: Optimizer, history: History) -> int:
+def _load(
+    path: Path,
+    model: Module,
+    trained: dict[str, Any],
+    optimizer: Optimizer,
+    history: History,
+    identity: dict[str, str],
+    steps: int,
+) -> int:
     """Take over a checkpoint, after checking that it is this run's; returns how many steps it has done."""
     tensors, metadata = files.read_tensors(path)
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "history": {}}
     for key, array in tensors.items():
         part, _, name = key.partition(".")
         parts.setdefault(part, {})[name] = array
-    saved, states = parts["model"], json.loads(metadata.get("generators", "{}"))
-    generators = _generators(model)
-    if "step" not in metadata or saved.keys() != trained.keys() or states.keys() != generators.keys():
-        different = sorted(saved.keys() ^ trained.keys() or states.keys() ^ generators.keys())[:4]
-        raise ValueError(f"{path}: a checkpoint of another run; it and the model differ in {different}")
-    for name, p in trained.items():
-        if saved[name].shape != p.shape:
-            raise ValueError(f"{path}: {name} has shape {saved[name].shape}, the model's is {p.shape}")
+    try:
+        done, states = int(metadata["step"]), json.loads(metadata["generators"])
+        lists = {name: parts["history"][name].tolist() for name in ("loss", "lr", "grad_norm")}
+        kinds = {name: state["bit_generator"] for name, state in states.items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a checkpoint that fit wrote ({error!r})") from error
+    saved, generators = parts["model"], _generators(model)
+    here = {f"parameter {name}": p.shape for name, p in trained.items()} | identity
+    here |= {f"generator {name}": rng.bit_generator.state["bit_generator"] for name, rng in generators.items()}
+    there = {f"parameter {name}": array.shape for name, array in saved.items()}
+    there |= {f"generator {name}": kind for name, kind in kinds.items()}
+    there |= {name: metadata.get(name, "") for name in identity}
+    if here != there:
+        key = next(key for key in here | there if here.get(key) != there.get(key))
+        raise ValueError(
+            f"{path}: a checkpoint of another run: {key} is {there.get(key)} there and {here.get(key)} here"
+        )
+    if done > steps:
+        raise ValueError(f"steps: got {steps}; the checkpoint {path} has done {done} already")
     optimizer.load_state_dict(parts["optimizer"])
     for name, p in trained.items():
         assign(p, saved[name])
     for name, rng in generators.items():
         rng.bit_generator.state = states[name]
-    for name in ("loss", "lr", "grad_norm"):
-        setattr(history, name, parts["history"][name].tolist())
-    return int(metadata["step"])
+    for name, values in lists.items():
+        setattr(history, name, values)
+    return done
 
 
 # --- the bar ----------------------------------------------------------------------------------------------------------
