@@ -151,11 +151,14 @@ class Tensor:
         made_by = f", op={self._op}" if self._op else ", requires_grad=True" if self.requires_grad else ""
         return f"Tensor({values}, shape={self.shape}, {self.dtype}{made_by})"
 
-    def graph(self) -> Graph:
-        """The computation graph that led here: an SVG picture in a notebook, `.dot` as text anywhere."""
+    def graph(self, names: Any = None) -> Graph:
+        """The computation graph that led here: an SVG picture in a notebook, `.dot` as text anywhere.
+
+        `names` is what to call tensors: `{"W": W}`, or a module, whose parameters' names are used. See `graph.Graph`.
+        """
         from .graph import Graph
 
-        return Graph(self)
+        return Graph(self, names)
 
     # as numbers and arrays
 
