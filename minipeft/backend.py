@@ -131,10 +131,18 @@ class FlopCounter:
         self.uncredited = 0  # products whose operation is not known yet: `credit` gives them their name
 
     def credit(self, op: str) -> None:
+        """Give the products since the last call their operation's name."""
         if self.uncredited:
             counts = self.counts[self.phase]
             counts[op] = counts.get(op, 0) + self.uncredited
             self.uncredited = 0
+
+    def add(self, other: FlopCounter) -> None:
+        """Take over another counter's counts."""
+        for phase, counts in other.counts.items():
+            for op, flops in counts.items():
+                self.counts[phase][op] = self.counts[phase].get(op, 0) + flops
+        self.uncredited += other.uncredited
 
     @property
     def forward(self) -> int:
@@ -159,14 +167,18 @@ flop_counter: FlopCounter | None = None
 def count_flops() -> Iterator[FlopCounter]:
     """Count the flops of everything that runs inside: `with count_flops() as flops: ...; flops.forward`.
 
-    The products are counted as they are executed, so one that a frozen weight saves is not in the sum.
+    The products are counted as they are executed, so one that a frozen weight saves is not in the sum. A counter around
+    this one gets the same counts when the block ends.
     """
     global flop_counter
     outer, flop_counter = flop_counter, FlopCounter()
+    inner = flop_counter
     try:
-        yield flop_counter
+        yield inner
     finally:
         flop_counter = outer
+        if outer is not None:
+            outer.add(inner)
 
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import backend, files
-from .tensor import Tensor, _freed
+from .tensor import Node, Tensor, _freed
 
 MAX_NODES = 200  # nobody reads a picture of more
 COLORS = {"parameter": "#E69F00", "operation": "#56B4E9", "result": "#009E73", "constant": "#CCCCCC"}  # Okabe and Ito
@@ -27,7 +27,7 @@ CHAR, TITLE, LINE, STEP = 0.61, 18, 14, 20  # a letter's width in ems; two font 
 PAD, GAP_X, GAP_Y, MARGIN = 10, 30, 48, 18  # pixels
 
 
-class Node(NamedTuple):
+class Box(NamedTuple):
     """One tensor: what its box says, "parameter", "operation", "result" or "constant", and its parents' numbers."""
 
     lines: list[str]
@@ -54,13 +54,14 @@ class Graph:
     """
 
     def __init__(self, tensor: Tensor, names: Mapping[str, Tensor] | Any = None) -> None:
-        called = _names_by_id(names)
-        number = {t: i for i, t in enumerate(_ancestors(tensor))}
-        self.nodes: list[Node] = []
-        for t in number:
-            kind = "operation" if t._op else "parameter" if t.requires_grad else "constant"
-            kind = "result" if t is tensor and t._op else kind
-            self.nodes.append(Node(_lines(t, called.get(id(t)), kind), kind, tuple(number[p] for p in _parents(t))))
+        called, root = _names_by_id(names), tensor if tensor._node is None else tensor._node
+        number = {origin: i for i, origin in enumerate(_ancestors(root))}
+        self.nodes: list[Box] = []
+        for origin in number:
+            kind = "operation" if isinstance(origin, Node) else "parameter" if origin.requires_grad else "constant"
+            kind = "result" if origin is root and isinstance(origin, Node) else kind
+            parents = tuple(number[p] for p in _parents(origin))
+            self.nodes.append(Box(_lines(origin, called.get(id(origin)), kind), kind, parents))
 
     def __repr__(self) -> str:
         leaves = sum(node.kind in ("parameter", "constant") for node in self.nodes)
@@ -103,24 +104,27 @@ class Graph:
 # --- reading the graph ------------------------------------------------------------------------------------------------
 
 
-def _parents(t: Tensor) -> list[Tensor]:
-    """The parents that get a gradient; an operation with a joint backward also lists those that do not."""
-    return [p for p in t._parents if p.requires_grad]
+Origin = Node | Tensor  # a recorded operation, or a leaf
 
 
-def _ancestors(root: Tensor) -> list[Tensor]:
+def _parents(origin: Origin) -> list[Origin]:
+    """The parents that get a gradient; an operation with a joint backward also has places of those that do not."""
+    return [p for p in origin.parents if p is not None] if isinstance(origin, Node) else []
+
+
+def _ancestors(root: Origin) -> list[Origin]:
     """Everything below `root` in the order it was made, leaves first; with a list, not by recursion: no depth limit."""
     seen, stack = {root: None}, [root]
     while stack:
-        node = stack.pop()
-        if node._backward is _freed:
+        origin = stack.pop()
+        if isinstance(origin, Node) and origin.backward is _freed:
             raise RuntimeError(
-                f"graph(): backward has freed the graph of this {node._op!r}; ask for it before backward"
+                f"graph(): backward has freed the graph of this {origin.op!r}; ask for it before backward"
             )
-        new = [parent for parent in _parents(node) if parent not in seen]
+        new = [parent for parent in _parents(origin) if parent not in seen]
         seen |= dict.fromkeys(new)
         stack += new
-    return sorted(seen, key=lambda t: t._order)
+    return sorted(seen, key=lambda origin: origin.order if isinstance(origin, Node) else 0)
 
 
 def _names_by_id(names: Any) -> dict[int, str]:
@@ -130,15 +134,16 @@ def _names_by_id(names: Any) -> dict[int, str]:
         names = dict(names.named_parameters())
     if not isinstance(names, Mapping) or not all(isinstance(t, Tensor) for t in names.values()):
         raise TypeError(f"names: got {type(names).__name__}; a mapping from names to tensors, or a module, is accepted")
-    return {id(t): str(name) for name, t in names.items()}
+    return {id(t if t._node is None else t._node): str(name) for name, t in names.items()}
 
 
-def _lines(t: Tensor, name: str | None, kind: str) -> list[str]:
+def _lines(origin: Origin, name: str | None, kind: str) -> list[str]:
     """What a box says: operation and name, shape and dtype, and the values of up to four elements."""
-    title = f"{t._op} → {name}" if t._op and name else t._op or name or kind
-    lines = [title, f"{t.shape if t.ndim else 'scalar'} {t.dtype}"]
-    if t.size <= 4:
-        values = np.array2string(backend.to_numpy(t.data), separator=",", formatter={"float_kind": "{:.5g}".format})
+    op, value = (origin.op, origin.value) if isinstance(origin, Node) else ("", origin.data)
+    title = f"{op} → {name}" if op and name else op or name or kind
+    lines = [title, f"{origin.shape or 'scalar'} {origin.dtype}"]
+    if value is not None and value.size <= 4:
+        values = np.array2string(backend.to_numpy(value), separator=",", formatter={"float_kind": "{:.5g}".format})
         lines.append(" ".join(values.split()))
     return lines
 
@@ -146,7 +151,7 @@ def _lines(t: Tensor, name: str | None, kind: str) -> list[str]:
 # --- the layout -------------------------------------------------------------------------------------------------------
 
 
-def _levels(nodes: list[Node]) -> list[int]:
+def _levels(nodes: list[Box]) -> list[int]:
     """The row of each node: the longest path to it; a leaf goes down to just above its first use."""
     level: list[int] = []
     first_use: dict[int, int] = {}
@@ -156,7 +161,7 @@ def _levels(nodes: list[Node]) -> list[int]:
     return [level[i] if node.parents else first_use.get(i, 1) - 1 for i, node in enumerate(nodes)]
 
 
-def _items(nodes: list[Node]) -> tuple[list[list[int]], list[list[int]]]:
+def _items(nodes: list[Box]) -> tuple[list[list[int]], list[list[int]]]:
     """(rows, edges as paths) of items: an item is a node or, numbered after the nodes, a point of an edge in a row."""
     level = _levels(nodes)
     rows: list[list[int]] = [[] for _ in range(max(level) + 1)]
@@ -232,7 +237,7 @@ def _sized_lines(node: Node) -> list[tuple[str, int]]:
     return [(line, TITLE) for line in title] + [(line, LINE) for line in node.lines[1:]]
 
 
-def _svg(nodes: list[Node], title: str) -> str:
+def _svg(nodes: list[Box], title: str) -> str:
     said = [_sized_lines(node) for node in nodes]
     heights = [2 * PAD + TITLE + STEP * (len(lines) - 1) for lines in said]
     rows, paths = _items(nodes)

@@ -1,16 +1,17 @@
 """Tensor: a value, its gradient, and the operation it came from; `backward` walks that graph once, freeing it.
 
-The whole of reverse mode is here and knows no operation: ops.py builds nodes with `result`, each an output with one
-gradient function (vector–Jacobian product) for every parent that needs one. A parent that needs none is not part of
-the graph at all, so a frozen weight costs no gradient product and keeps no activation alive.
+The whole of reverse mode is here and knows no operation: ops.py makes nodes with `result`, each with one gradient
+function (vector–Jacobian product) for every parent that needs one. A parent that needs none is not part of the graph
+at all, so a frozen weight costs no gradient product and keeps no activation alive. Nodes refer to nodes, not to
+tensors: a value that no gradient function captured is freed as soon as nobody else uses it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class Held:
     """
 
     __slots__ = ("arrays",)
-    live: dict[int, list] = {}  # id of an array -> [array, number of nodes holding it, writable before]
+    live: ClassVar[dict[int, list]] = {}  # id of an array -> [array, number of nodes holding it, writable before]
 
     def __init__(self, arrays: list[Array]) -> None:
         self.arrays = arrays
@@ -80,8 +81,32 @@ class Held:
 
 
 def is_held(array: Array) -> bool:
-    """True while a graph that has not run backward yet needs the values in `array`, or in the memory it is a view of."""
+    """True while a graph that has not run backward yet needs the values in `array`, or in what it is a view of."""
     return id(array) in Held.live or id(array.base) in Held.live
+
+
+# --- the graph --------------------------------------------------------------------------------------------------------
+
+
+class Node:
+    """One recorded operation.
+
+    Attributes:
+        op: its name.
+        parents: where its gradients go: nodes, and leaf tensors; None in place of one that needs no gradient.
+        backward: maps dL/d(output) to one gradient a parent; or a tuple of functions, one a parent.
+        held: keeps what they captured from being written to.
+        order: the number of nodes made before it.
+        shape, dtype: the output's.
+        value: the output, where it has at most four elements; for drawing.
+    """
+
+    __slots__ = ("backward", "dtype", "held", "op", "order", "parents", "shape", "value")
+
+    def __init__(self, op: str, data: Array, parents: tuple, backward: Any, closures: tuple[Callable, ...]) -> None:
+        self.op, self.parents, self.backward, self.order = op, parents, backward, _creation()
+        self.held = _hold(closures)
+        self.shape, self.dtype, self.value = data.shape, data.dtype, data if data.size <= 4 else None
 
 
 # --- the tensor -------------------------------------------------------------------------------------------------------
@@ -104,7 +129,7 @@ class Tensor:
         TypeError: not numbers, or `requires_grad` for integers.
     """
 
-    __slots__ = ("__weakref__", "_backward", "_held", "_op", "_order", "_parents", "data", "grad", "requires_grad")
+    __slots__ = ("__weakref__", "_node", "data", "grad", "requires_grad")
 
     def __init__(self, data: Any, requires_grad: bool = False, dtype: Any = None) -> None:
         self.data = backend.as_array(data.data if isinstance(data, Tensor) else data, dtype)
@@ -112,7 +137,7 @@ class Tensor:
             raise TypeError(f"requires_grad: only floats have gradients, got {self.data.dtype}; pass dtype='float32'")
         self.requires_grad = requires_grad
         self.grad: Array | None = None
-        self._op, self._parents, self._backward, self._held, self._order = "", (), None, None, 0
+        self._node: Node | None = None
 
     # what it looks like
 
@@ -139,7 +164,7 @@ class Tensor:
     @property
     def is_leaf(self) -> bool:
         """True for a tensor that no recorded operation made."""
-        return self._op == ""
+        return self._node is None
 
     def __len__(self) -> int:
         if not self.data.ndim:
@@ -147,8 +172,10 @@ class Tensor:
         return self.data.shape[0]
 
     def __repr__(self) -> str:
-        values = np.array2string(backend.to_numpy(self.data), precision=4, separator=", ", prefix="Tensor(", threshold=64)
-        made_by = f", op={self._op}" if self._op else ", requires_grad=True" if self.requires_grad else ""
+        values = np.array2string(
+            backend.to_numpy(self.data), precision=4, separator=", ", prefix="Tensor(", threshold=64
+        )
+        made_by = f", op={self._node.op}" if self._node else ", requires_grad=True" if self.requires_grad else ""
         return f"Tensor({values}, shape={self.shape}, {self.dtype}{made_by})"
 
     def graph(self, names: Any = None) -> Graph:
@@ -218,22 +245,24 @@ class Tensor:
         if not self.requires_grad:
             raise RuntimeError("backward(): no tensor that made this one requires a gradient")
         grad = self._seed_gradient(grad)
-        if self.is_leaf:
+        if self._node is None:
             return self._accumulate(grad, owned=False)
         counter = backend.flop_counter
         if counter is not None:
-            counter.phase = "backward"
+            outer, counter.phase = counter.phase, "backward"
         try:
-            _walk(self, grad, counter)
+            _walk(self._node, grad, counter)
         finally:
             if counter is not None:
-                counter.phase = "forward"
+                counter.phase = outer
 
     def _seed_gradient(self, grad: Any) -> Array:
         xp = backend.get_namespace(self.data)
         if grad is None:
             if self.data.size != 1:
-                raise ValueError(f"backward(): shape {self.shape} is not one number; pass grad of that shape, or .sum()")
+                raise ValueError(
+                    f"backward(): shape {self.shape} is not one number; pass grad of that shape, or .sum()"
+                )
             return xp.ones_like(self.data)
         grad = backend.as_array(grad.data if isinstance(grad, Tensor) else grad, self.dtype)
         if grad.shape != self.shape:
@@ -248,28 +277,27 @@ class Tensor:
             self.grad += grad
 
 
-def _walk(root: Tensor, grad: Array, counter: backend.FlopCounter | None) -> None:
+def _walk(root: Node, grad: Array, counter: backend.FlopCounter | None) -> None:
     """Reverse creation order is a topological order: every node's gradient is complete when its turn comes."""
     nodes = _nodes(root)
     grads = {root: grad}
-    owned: set[Tensor] = set()  # nodes whose gradient array belongs to this walk alone and may be added to in place
+    owned: set[Node] = set()  # nodes whose gradient array belongs to this walk alone and may be added to in place
     while nodes:
         node = nodes.pop()
-        backward, parents, node._backward, node._parents = node._backward, node._parents, _freed, ()
+        backward, parents, node.backward, node.parents = node.backward, node.parents, _freed, ()
         g = grads.pop(node, None)
-        owned.discard(node)  # or its output would live as long as the walk
-        if g is None:  # only an integer-like path led here
-            node._held = None
+        if g is None:  # a joint backward gave nothing for it
+            node.held = None
             continue
         parent_grads = [f(g) for f in backward] if type(backward) is tuple else backward(g)
         if counter is not None:
-            counter.credit(node._op)
-        backward = node._held = None  # the closures and what they held go before the next node allocates
+            counter.credit(node.op)
+        backward = node.held = None  # the closures and what they held go before the next node allocates
         for parent, p in zip(parents, parent_grads, strict=True):
-            if p is None:
+            if p is None or parent is None:
                 continue
             mine = p is not g and getattr(p, "base", None) is None
-            if parent._backward is None:
+            if type(parent) is not Node:
                 parent._accumulate(_array(p), mine)
             elif parent not in grads:
                 grads[parent] = p
@@ -287,20 +315,20 @@ def _walk(root: Tensor, grad: Array, counter: backend.FlopCounter | None) -> Non
         parent_grads = p = g = None
 
 
-def _nodes(root: Tensor) -> list[Tensor]:
-    """All recorded operations below `root`, oldest first; found with a list, not by recursion, so depth has no limit."""
+def _nodes(root: Node) -> list[Node]:
+    """All operations below `root`, oldest first; found with a list, not by recursion, so depth has no limit."""
     seen, stack = {root}, [root]
     while stack:
         node = stack.pop()
-        if node._backward is _freed:
+        if node.backward is _freed:
             raise RuntimeError(
-                f"backward(): the graph of this {node._op!r} is freed, backward ran through it before; run forward again"
+                f"backward(): the graph of this {node.op!r} is freed, backward ran through it before; run forward again"
             )
-        for parent in node._parents:
-            if parent._backward is not None and parent not in seen:
+        for parent in node.parents:
+            if type(parent) is Node and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
-    return sorted(seen, key=lambda node: node._order)
+    return sorted(seen, key=lambda node: node.order)
 
 
 def _freed(grad: Array) -> Iterator[Array]:
@@ -323,36 +351,36 @@ def result(op: str, data: Array, *edges: tuple[Tensor, GradFn]) -> Tensor:
     never tensors. Those of parents that need no gradient are dropped here, with all that they captured.
     """
     if _grad_enabled:
-        edges = tuple([edge for edge in edges if edge[0].requires_grad])
+        edges = [edge for edge in edges if edge[0].requires_grad]
         if edges:
-            parents, backward = zip(*edges, strict=True)
-            return _node(op, data, parents, backward, backward)
-    return _node(op, data, (), None, ())
+            backward = tuple([function for _, function in edges])
+            return _output(op, data, [parent for parent, _ in edges], backward, backward)
+    return _output(op, data, (), None, ())
 
 
 def joint_result(op: str, data: Array, parents: tuple[Tensor, ...], backward: Callable[[Array], tuple]) -> Tensor:
     """As `result`, for an operation whose gradients share work: `backward` maps dL/d(output) to one gradient for each
     parent, None where that parent needs none."""
-    if _grad_enabled and any([p.requires_grad for p in parents]):
-        return _node(op, data, parents, backward, (backward,))
-    return _node(op, data, (), None, ())
+    if _grad_enabled and any(p.requires_grad for p in parents):
+        return _output(op, data, parents, backward, (backward,))
+    return _output(op, data, (), None, ())
 
 
-def _node(op: str, data: Array, parents: tuple, backward: Any, closures: tuple) -> Tensor:
+def _output(op: str, data: Array, parents: Sequence[Tensor], backward: Any, closures: tuple) -> Tensor:
     out = Tensor.__new__(Tensor)
-    out.data, out.grad, out._op, out._parents, out._backward = _array(data), None, op, parents, backward
+    out.data, out.grad = _array(data), None
     if backward is None:
-        out.requires_grad, out._held, out._order, out._op = False, None, 0, ""
+        out.requires_grad, out._node = False, None
     else:
-        out.requires_grad, out._order = True, _creation()
-        out._held = _hold(closures)
+        origins = tuple([(p._node or p) if p.requires_grad else None for p in parents])
+        out.requires_grad, out._node = True, Node(op, out.data, origins, backward, closures)
     if backend.flop_counter is not None:
         backend.flop_counter.credit(op)
     return out
 
 
 def _hold(closures: tuple[Callable, ...]) -> Held | None:
-    """Hold the arrays that gradient functions captured, read off their cells: no operation can forget to declare one."""
+    """Hold the arrays that gradient functions captured, read off their cells: no operation can forget one."""
     arrays = []
     for closure in closures:
         for cell in closure.__closure__ or ():

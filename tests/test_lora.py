@@ -386,9 +386,9 @@ def test_backward_flops_have_no_product_for_a_frozen_weight_or_input(train_w, tr
 def test_a_frozen_weight_and_frozen_factors_keep_no_input_alive():
     x, W = Tensor(gaussian(N, IN), requires_grad=True), Tensor(gaussian(OUT, IN))
     A, B = Tensor(gaussian(R, IN)), Tensor(gaussian(OUT, R))
-    y = lora_linear(x * 2.0, W, None, A, B, 1.0)
-    inner = y._parents[0].data
-    assert all(array is not inner and getattr(array, "base", None) is not inner for array in y._held.arrays)
+    inner = x * 2.0
+    y = lora_linear(inner, W, None, A, B, 1.0)
+    assert all(array is not inner.data and array.base is not inner.data for array in y._node.held.arrays)
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------

@@ -145,6 +145,17 @@ def test_a_chain_of_100000_operations_can_be_dropped():
     assert not is_held(x.data)
 
 
+def test_a_value_that_no_gradient_needs_is_freed_while_the_graph_lives():
+    x = trained(np.ones((4, 5)))
+    h = x + 1.0  # neither + nor the sum needs h's values
+    values = weakref.ref(h.data)
+    loss = h.sum()
+    del h
+    assert values() is None
+    loss.backward()
+    assert (x.grad == 1).all()
+
+
 def test_a_dropped_graph_is_freed_at_once():
     x = trained(np.ones(10))
     with no_collector():
@@ -234,7 +245,7 @@ def test_with_nothing_to_train_there_is_no_graph():
     held = held_bytes()
     y = ops.softmax(ops.linear(frozen(np.ones((6, 4))), frozen(np.ones((5, 4)))))
     assert not y.requires_grad
-    assert y._backward is None
+    assert y._node is None
     assert held_bytes() == held
 
 
