@@ -183,8 +183,6 @@ SHIFTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # (N, 8, 8) -> (N, 8,
     "rotated": lambda images: np.rot90(images, axes=(1, 2)),
     "mirrored": lambda images: images[:, :, ::-1],
     "inverted": lambda images: 1 - images,
-    "rotated-inverted": lambda images: 1 - np.rot90(images, axes=(1, 2)),
-    "transposed": lambda images: images.swapaxes(1, 2),
 }
 
 

@@ -26,25 +26,30 @@ def load_base(name: str, dtype: Any = None) -> nn.Module:
     Raises:
         ValueError: an unknown name.
     """
-    path = base_file(name)
-    weights, _ = read_tensors(path)
-    model = BASES[name](rng=0, dtype=dtype or backend.get_default_dtype())
+    model = base_class(name)(rng=0, dtype=dtype or backend.get_default_dtype())
+    weights, _ = read_tensors(base_file(name))
     model.load_state_dict(weights)
     return model.eval()
 
 
 def base_metadata(name: str) -> dict[str, Any]:
-    """What the base's file says of itself: the command that made it, its seed and steps, its upright test accuracy."""
+    """What the base's file says of itself: the command that made it, its seed and steps, its upright test accuracy.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     _, metadata = read_tensors(base_file(name))
     return json.loads(metadata["made"])
 
 
 def base_file(name: str) -> Path:
-    """Where the base is kept.
+    """Where the base is kept; ValueError for an unknown name."""
+    base_class(name)
+    return Path(__file__).with_name(f"{name}.safetensors")
 
-    Raises:
-        ValueError: an unknown name.
-    """
+
+def base_class(name: str) -> type[nn.Module]:
+    """The class of a base; ValueError for an unknown name."""
     if name not in BASES:
         raise ValueError(f"name: got {name!r}; accepted are {', '.join(map(repr, BASES))}")
-    return Path(__file__).with_name(f"{name}.safetensors")
+    return BASES[name]

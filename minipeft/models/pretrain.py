@@ -18,7 +18,7 @@ from ..backend import Array
 from ..data import digits
 from ..files import write_tensors
 from ..tensor import no_grad
-from . import BASES, base_file
+from . import BASES, base_class, base_file
 
 SEED, STEPS, BATCH_SIZE, LR, WEIGHT_DECAY = 0, 600, 32, 3e-3, 0.05
 
@@ -30,8 +30,11 @@ def pretrain(name: str, steps: int = STEPS, seed: int = SEED) -> nn.Module:
         name: "mlp" or "vit".
         steps: of `BATCH_SIZE` images.
         seed: of the start values and the order of the images.
+
+    Raises:
+        ValueError: an unknown name.
     """
-    model = BASES[name](rng=seed, dtype="float64")
+    model = base_class(name)(rng=seed, dtype="float64")
     batches = digits.batches(*digits.load("float64").pretrain, batch_size=BATCH_SIZE, seed=seed)
     optimizer = optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     schedule = optim.get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
