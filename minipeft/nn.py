@@ -85,21 +85,34 @@ class Module:
         Raises:
             ValueError: there is none.
         """
-        for found, module in self.named_modules():
-            if found == name:
-                return module
-        raise ValueError(f"get_submodule: no module {name!r}; {closest(name, [n for n, _ in self.named_modules()])}")
+        return self._path("get_submodule", name)[-1]
 
     def set_submodule(self, name: str, module: Module) -> None:
-        """Put `module` where the dotted name points, in place of what is there."""
-        *path, last = name.split(".")
-        parent: Any = self
-        for part in path:
-            parent = _step(parent, part)
+        """Put `module` where the dotted name points, in place of the module that is there.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not name:
+            raise ValueError("set_submodule: got the empty name, a module cannot replace itself; name a part of it")
+        parent, last = self._path("set_submodule", name)[-2], name.rpartition(".")[2]
         if isinstance(parent, Module):
             setattr(parent, last, module)
         else:
-            parent[int(last) if isinstance(parent, list) else last] = module
+            parent[_key(parent, last)] = module
+
+    def _path(self, caller: str, name: str) -> list[Any]:
+        """This module, then what each part of the dotted name leads to: modules, lists, dictionaries."""
+        path: list[Any] = [self]
+        try:
+            for part in name.split(".") if name else ():
+                here = path[-1]
+                path.append(vars(here)[part] if isinstance(here, Module) else here[_key(here, part)])
+        except (KeyError, TypeError):
+            path = [None]
+        if not isinstance(path[-1], Module):
+            raise ValueError(f"{caller}: no module {name!r}; {closest(name, [n for n, _ in self.named_modules()])}")
+        return path
 
     # values
 
@@ -127,12 +140,17 @@ class Module:
             assign(own[name], value)
 
     def to(self, device: str | ModuleType | None = None, dtype: Any = None) -> Module:
-        """Move all arrays to `"cpu"` or `"cuda"`, or convert the floats to a dtype: `to("cuda")`, `to(dtype="float64")`.
+        """Move all arrays to `"cpu"` or `"cuda"`, or convert the floats: `to("cuda")`, `to("float64")`, or both.
 
         Gradients are dropped: they belong to the values that were.
+
+        Raises:
+            TypeError: a dtype that is not a float.
         """
         if device is not None and dtype is None and _is_dtype(device):
             device, dtype = None, device
+        if dtype is not None and not backend.is_float(dtype):
+            raise TypeError(f"dtype: got {np.dtype(dtype)}; floats are accepted")
         for module in self.modules():
             for name, value in list(vars(module).items()):
                 setattr(module, name, _convert(value, device, dtype))
@@ -186,24 +204,24 @@ def _children(name: str, value: Any) -> Iterator[tuple[str, Module | Parameter]]
             yield from _children(f"{name}.{key}", item)
 
 
-def _step(parent: Any, part: str) -> Any:
-    if isinstance(parent, Module):
-        return getattr(parent, part)
-    return parent[int(part)] if isinstance(parent, list | tuple) else parent[part]
+def _key(container: Any, part: str) -> Any:
+    """The index or key that one part of a dotted name stands for in a list or a dictionary."""
+    keys = range(len(container)) if isinstance(container, list | tuple) else container
+    return {str(key): key for key in keys}[part]
 
 
 def _convert(value: Any, device: Any, dtype: Any) -> Any:
-    """A module's attribute with its arrays moved and converted; parameters stay the same objects (ties survive)."""
-    if isinstance(value, Parameter):
+    """A module's attribute with its arrays moved and converted; tensors stay the same objects (ties survive)."""
+    if isinstance(value, Tensor):
         value.data, value.grad = _convert(value.data, device, dtype), None
         return value
     if type(value) in (list, tuple):
         return type(value)([_convert(item, device, dtype) for item in value])
     if isinstance(value, dict):
         return {key: _convert(item, device, dtype) for key, item in value.items()}
-    if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, np.generic | Tensor):
+    if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, np.generic):
         if dtype is not None and backend.is_float(value.dtype):
-            value = value.astype(dtype)
+            value = value.astype(dtype, copy=False)
         return value if device is None else backend.move(value, device)
     return value
 
@@ -234,7 +252,8 @@ def closest(name: str, existing: Iterable[str]) -> str:
 
 def _some(names: Iterable[str]) -> str:
     names = sorted(names)
-    return ("nothing" if not names else ", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more if names else "nothing"
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -267,7 +286,7 @@ class Linear(Module):
         rng: np.random.Generator | int | None = None,
     ) -> None:
         if in_features < 1 or out_features < 1:
-            raise ValueError(f"Linear: in_features and out_features must be at least 1, got {in_features}, {out_features}")
+            raise ValueError(f"in_features, out_features: got {in_features}, {out_features}; at least 1 is accepted")
         self.in_features, self.out_features = in_features, out_features
         rng, bound = backend.generator(rng), in_features**-0.5
         self.weight = Parameter(uniform(rng, bound, (out_features, in_features), dtype))

@@ -62,7 +62,8 @@ def _operand(op: str, x: Any, like: Tensor | None) -> Tensor:
         return Tensor(xp.asarray(x, dtype=dtype if keep else backend.get_default_dtype()))
     x = tensor(x)
     if get_namespace(x.data) is not xp:
-        raise TypeError(f"{op}: one operand is {xp.__name__}'s, the other {get_namespace(x.data).__name__}'s; use .to()")
+        other = get_namespace(x.data).__name__
+        raise TypeError(f"{op}: one operand is {xp.__name__}'s, the other {other}'s; use .to()")
     if x.data.dtype == dtype:
         return x
     if not backend.is_float(x.data.dtype):
@@ -154,7 +155,7 @@ def matmul(a: Any, b: Any) -> Tensor:
     """a @ b as NumPy defines it (leading axes broadcast, 1-D operands are a row and a column); da = g bᵀ, db = aᵀ g."""
     a, b = operands("matmul", a, b)
     if not a.ndim or not b.ndim or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
-        raise ValueError(f"matmul: shapes {a.shape} and {b.shape} do not fit; the last axis of a meets b's last but one")
+        raise ValueError(f"matmul: shapes {a.shape} and {b.shape} do not fit; a's last axis meets b's last but one")
     xa = a.data[None, :] if a.ndim == 1 else a.data  # (..., m, k)
     xb = b.data[:, None] if b.ndim == 1 else b.data  # (..., k, n)
     y = backend.matmul(xa, xb)  # (..., m, n)
@@ -239,9 +240,7 @@ def gelu(x: Any, approximate: str = "none") -> Tensor:
     if approximate == "none":
         phi = 0.5 * (1 + backend.erf(value * 0.5**0.5))
         density = (2 * np.pi) ** -0.5
-        return result(
-            "gelu", value * phi, (x, lambda g: g * (phi + value * (xp.exp(-0.5 * value * value) * density)))
-        )
+        return result("gelu", value * phi, (x, lambda g: g * (phi + value * (xp.exp(-0.5 * value * value) * density))))
     if approximate != "tanh":
         raise ValueError(f'approximate: got {approximate!r}; accepted are "none" and "tanh"')
     c = (2 / np.pi) ** 0.5
@@ -563,7 +562,7 @@ def rms_norm(x: Any, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
 def _check_affine(op: str, x: Tensor, affine: list[Tensor]) -> int:
     for p in affine:
         if p.shape != x.shape[-1:]:
-            raise ValueError(f"{op}: weight and bias must have shape {x.shape[-1:]}, as x {x.shape} ends; got {p.shape}")
+            raise ValueError(f"{op}: got weight or bias {p.shape}; x {x.shape} needs {x.shape[-1:]}")
     return x.shape[-1]
 
 

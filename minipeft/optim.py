@@ -207,7 +207,7 @@ class Optimizer:
         for key, array in state.items():
             number, _, name = key.partition(".")
             if not number.isdigit() or int(number) >= len(params):
-                raise ValueError(f"optimizer state: {key!r} is for parameter {number}; this optimizer has {len(params)}")
+                raise ValueError(f"optimizer state: {key!r} is for parameter {number}, of {len(params)} here")
             p = params[int(number)]
             age, arrays = loaded.get(p, (0, {}))
             if name == "step":
@@ -419,7 +419,7 @@ class LambdaLR:
 class CosineAnnealingLR(LambdaLR):
     """lr(t) = eta_min + (lr − eta_min)·(1 + cos(π·t/T_max))/2. Loshchilov and Hutter 2017, eq. 5."""
 
-    def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0) -> None:  # noqa: N803 - PyTorch's name
+    def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0) -> None:
         if T_max < 1:
             raise ValueError(f"T_max: got {T_max}; at least 1 is accepted")
         self.T_max, self.eta_min = T_max, eta_min

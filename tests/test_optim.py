@@ -246,7 +246,7 @@ def test_state_takes_the_bytes_of_its_arrays():
 
 def test_state_of_another_optimizer_is_refused():
     optimizer = optim.Adam([one([1.0, 2.0])])
-    with pytest.raises(ValueError, match=r"'3.exp_avg' is for parameter 3; this optimizer has 1"):
+    with pytest.raises(ValueError, match=r"'3.exp_avg' is for parameter 3, of 1 here"):
         optimizer.load_state_dict({"3.exp_avg": np.ones(2)})
     with pytest.raises(ValueError, match=r"'0.exp_avg' has shape \(3,\), the parameter \(2,\)"):
         optimizer.load_state_dict({"0.exp_avg": np.ones(3)})
