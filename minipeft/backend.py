@@ -95,6 +95,11 @@ def as_array(data: Any, dtype: Any = None) -> Array:
     return data if dtype is None else data.astype(dtype, copy=False)
 
 
+def keep_array(x: Array) -> Array:
+    """NumPy gives scalars where an array has no axes; values and gradients here are always arrays."""
+    return np.asarray(x) if isinstance(x, np.generic) else x
+
+
 def generator(rng: np.random.Generator | int | None) -> np.random.Generator:
     """The generator behind an `rng` argument: itself, one made from a seed, or (None) a fresh unpredictable one.
 

@@ -1,6 +1,6 @@
 """Tensor: a value, its gradient, and the operation it came from; `backward` walks that graph once, freeing it.
 
-The whole of reverse mode is here and knows no operation: ops.py makes nodes with `result`, each with one gradient
+The whole of reverse mode is here and knows no operation: ops/ makes nodes with `result`, each with one gradient
 function (vector–Jacobian product) for every parent that needs one. A parent that needs none is not part of the graph
 at all, so a frozen weight costs no gradient product and keeps no activation alive. Nodes refer to nodes, not to
 tensors: a value that no gradient function captured is freed as soon as nobody else uses it.
@@ -298,7 +298,7 @@ def _walk(root: Node, grad: Array, counter: backend.FlopCounter | None) -> None:
                 continue
             mine = p is not g and getattr(p, "base", None) is None
             if type(parent) is not Node:
-                parent._accumulate(_array(p), mine)
+                parent._accumulate(backend.keep_array(p), mine)
             elif parent not in grads:
                 grads[parent] = p
                 if mine:
@@ -336,12 +336,7 @@ def _freed(grad: Array) -> Iterator[Array]:
     raise RuntimeError("backward has already freed this graph")
 
 
-def _array(x: Array) -> Array:
-    """NumPy gives scalars where an array has no axes; gradients and values are always arrays."""
-    return np.asarray(x) if isinstance(x, np.generic) else x
-
-
-# --- what ops.py builds nodes with ------------------------------------------------------------------------------------
+# --- what ops/ makes nodes with ------------------------------------------------------------------------------------
 
 
 def result(op: str, data: Array, *edges: tuple[Tensor, GradFn]) -> Tensor:
@@ -368,7 +363,7 @@ def joint_result(op: str, data: Array, parents: tuple[Tensor, ...], backward: Ca
 
 def _output(op: str, data: Array, parents: Sequence[Tensor], backward: Any, closures: tuple) -> Tensor:
     out = Tensor.__new__(Tensor)
-    out.data, out.grad = _array(data), None
+    out.data, out.grad = backend.keep_array(data), None
     if backward is None:
         out.requires_grad, out._node = False, None
     else:
