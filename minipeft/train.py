@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import backend, files, ops
+from . import backend, ops
 from .methods.base import Method
-from .nn import Module, assign
+from .module import Module
 from .optim import LambdaLR, Optimizer, clip_grad_norm_
+from .progress import progress_bar
+from .run_state import CHECKPOINT, History, identity_of, load_run, save_run
 from .tensor import Tensor, no_grad
 
-CHECKPOINT = "checkpoint.safetensors"
 Loss = Callable[[Module, Any], Tensor]
-
-
-@dataclass
-class History:
-    """What a run was like, one entry a step.
-
-    Attributes:
-        loss: the mean loss of the step's batches, without the method's penalty.
-        lr: the first parameter group's learning rate.
-        grad_norm: ‖g‖₂ before clipping, where `clip_norm` was given.
-        seconds: the wall-clock time of the whole run in this process.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    lr: list[float] = field(default_factory=list)
-    grad_norm: list[float] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 @dataclass
@@ -110,7 +91,7 @@ def fit(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check(steps, grad_accumulation, checkpoint_every, clip_norm, trained, optimizer)
     checkpoint = Path(checkpoint_dir) / CHECKPOINT if checkpoint_dir is not None else None
-    identity = _identity(model, optimizer) if checkpoint is not None else {}
+    identity = identity_of(model, optimizer) if checkpoint is not None else {}
     every = checkpoint_every or max(1, steps // 10)
     history = History()
     first = 0
@@ -118,14 +99,14 @@ def fit(
         if checkpoint is None:
             raise ValueError("resume: needs checkpoint_dir")
         if checkpoint.exists():
-            first = _load(checkpoint, model, trained, optimizer, history, identity, steps)
+            first = load_run(checkpoint, model, trained, optimizer, history, identity, steps)
             if scheduler is not None:
                 scheduler.go_to(first)
     stream = _stream(batches, first * grad_accumulation)
     modes, start = [(module, module.training) for module in model.modules()], time.perf_counter()
     model.train()
     try:
-        with _bar(steps, first, progress) as show:
+        with progress_bar(steps, first, progress) as show:
             for step in range(first, steps):
                 optimizer.zero_grad()
                 loss, examples = _accumulate(model, loss_fn, method, stream, grad_accumulation, step)
@@ -146,7 +127,7 @@ def fit(
                 if kept or done == steps:
                     _check_finite(trained, done)
                 if checkpoint is not None and (kept or done == steps):
-                    _save(checkpoint, done, model, trained, optimizer, history, identity)
+                    save_run(checkpoint, done, model, trained, optimizer, history, identity)
                 show(done, loss, examples)
                 for callback in callbacks:
                     callback(Progress(done, steps, loss, model, optimizer, history))
@@ -265,124 +246,3 @@ def _check_finite(trained: dict[str, Any], done: int) -> None:
             raise NonFiniteLossError(
                 f"{name} is not finite after step {done}. Try a smaller learning rate, or clip_norm"
             )
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def _generators(model: Module) -> dict[str, np.random.Generator]:
-    """The generators that training draws from: modules keep theirs as `rng`."""
-    rngs = {name: getattr(module, "rng", None) for name, module in model.named_modules()}
-    return {name: rng for name, rng in rngs.items() if isinstance(rng, np.random.Generator)}
-
-
-def _identity(model: Module, optimizer: Optimizer) -> dict[str, str]:
-    """What a run that goes on must share with the one that stopped, besides the names and shapes of what trains."""
-    digest = 0
-    for p in model.parameters():
-        if not p.requires_grad:
-            digest = zlib.crc32(np.ascontiguousarray(backend.to_numpy(p.data)).view(np.uint8), digest)
-    return {"optimizer": type(optimizer).__name__, "frozen weights": f"{digest:08x}"}
-
-
-def _save(
-    path: Path,
-    step: int,
-    model: Module,
-    trained: dict[str, Any],
-    optimizer: Optimizer,
-    history: History,
-    identity: dict[str, str],
-) -> None:
-    """Write everything that the rest of the run depends on, to a temporary name, then rename."""
-    tensors = {f"model.{name}": p.data for name, p in trained.items()}
-    tensors |= {f"optimizer.{name}": array for name, array in optimizer.state_dict().items()}
-    for name in ("loss", "lr", "grad_norm"):
-        tensors[f"history.{name}"] = np.array(getattr(history, name), dtype=np.float64)
-    states = {name: rng.bit_generator.state for name, rng in _generators(model).items()}
-    generators = json.dumps(states, default=np.ndarray.tolist)  # some generators keep arrays
-    files.write_tensors(path, tensors, {"step": str(step), "generators": generators, **identity})
-
-
-def _load(
-    path: Path,
-    model: Module,
-    trained: dict[str, Any],
-    optimizer: Optimizer,
-    history: History,
-    identity: dict[str, str],
-    steps: int,
-) -> int:
-    """Take over a checkpoint, after checking that it is this run's; returns how many steps it has done."""
-    tensors, metadata = files.read_tensors(path)
-    parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "history": {}}
-    for key, array in tensors.items():
-        part, _, name = key.partition(".")
-        parts.setdefault(part, {})[name] = array
-    try:
-        done, states = int(metadata["step"]), json.loads(metadata["generators"])
-        lists = {name: parts["history"][name].tolist() for name in ("loss", "lr", "grad_norm")}
-        kinds = {name: state["bit_generator"] for name, state in states.items()}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a checkpoint that fit wrote ({error!r})") from error
-    saved, generators = parts["model"], _generators(model)
-    here = {f"parameter {name}": p.shape for name, p in trained.items()} | identity
-    here |= {f"generator {name}": rng.bit_generator.state["bit_generator"] for name, rng in generators.items()}
-    there = {f"parameter {name}": array.shape for name, array in saved.items()}
-    there |= {f"generator {name}": kind for name, kind in kinds.items()}
-    there |= {name: metadata.get(name, "") for name in identity}
-    if here != there:
-        key = next(key for key in here | there if here.get(key) != there.get(key))
-        raise ValueError(
-            f"{path}: a checkpoint of another run: {key} is {there.get(key)} there and {here.get(key)} here"
-        )
-    if done > steps:
-        raise ValueError(f"steps: got {steps}; the checkpoint {path} has done {done} already")
-    optimizer.load_state_dict(parts["optimizer"])
-    for name, p in trained.items():
-        assign(p, saved[name])
-    for name, rng in generators.items():
-        rng.bit_generator.state = states[name]
-    for name, values in lists.items():
-        setattr(history, name, values)
-    return done
-
-
-# --- the bar ----------------------------------------------------------------------------------------------------------
-
-
-class _bar:  # noqa: N801
-    """A progress bar on stderr: step, loss, examples per second, time left. Called as show(done, loss, examples)."""
-
-    def __init__(self, steps: int, first: int, progress: bool | None) -> None:
-        self.steps, self.first, self.bar = steps, first, None
-        self.wanted = sys.stderr.isatty() if progress is None else progress
-
-    def __enter__(self) -> Callable[[int, float, int], None]:
-        if not self.wanted:
-            return lambda done, loss, examples: None
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} samples/s"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self.bar.start()
-        task = self.bar.add_task("", total=self.steps, completed=self.first, loss=float("nan"), speed=0.0)
-        start, seen = time.perf_counter(), 0
-
-        def show(done: int, loss: float, examples: int) -> None:
-            nonlocal seen
-            seen += examples
-            self.bar.update(task, completed=done, loss=loss, speed=seen / (time.perf_counter() - start))
-
-        return show
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()

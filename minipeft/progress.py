@@ -1,0 +1,44 @@
+"""The progress bar of a training run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+
+class progress_bar:  # noqa: N801
+    """A progress bar on stderr: step, loss, examples per second, time left. Called as show(done, loss, examples)."""
+
+    def __init__(self, steps: int, first: int, progress: bool | None) -> None:
+        self.steps, self.first, self.bar = steps, first, None
+        self.wanted = sys.stderr.isatty() if progress is None else progress
+
+    def __enter__(self) -> Callable[[int, float, int], None]:
+        if not self.wanted:
+            return lambda done, loss, examples: None
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} samples/s"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.bar.start()
+        task = self.bar.add_task("", total=self.steps, completed=self.first, loss=float("nan"), speed=0.0)
+        start, seen = time.perf_counter(), 0
+
+        def show(done: int, loss: float, examples: int) -> None:
+            nonlocal seen
+            seen += examples
+            self.bar.update(task, completed=done, loss=loss, speed=seen / (time.perf_counter() - start))
+
+        return show
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,112 @@
+"""A training run on disk: everything that the rest of it depends on, in one safetensors file, replaced whole."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import backend, files
+from .module import Module, assign
+from .optimizer import Optimizer
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass
+class History:
+    """What a run was like, one entry a step.
+
+    Attributes:
+        loss: the mean loss of the step's batches, without the method's penalty.
+        lr: the first parameter group's learning rate.
+        grad_norm: ‖g‖₂ before clipping, where `clip_norm` was given.
+        seconds: the wall-clock time of the whole run in this process.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def _generators(model: Module) -> dict[str, np.random.Generator]:
+    """The generators that training draws from: modules keep theirs as `rng`."""
+    rngs = {name: getattr(module, "rng", None) for name, module in model.named_modules()}
+    return {name: rng for name, rng in rngs.items() if isinstance(rng, np.random.Generator)}
+
+
+def identity_of(model: Module, optimizer: Optimizer) -> dict[str, str]:
+    """What a run that goes on must share with the one that stopped, besides the names and shapes of what trains."""
+    digest = 0
+    for p in model.parameters():
+        if not p.requires_grad:
+            digest = zlib.crc32(np.ascontiguousarray(backend.to_numpy(p.data)).view(np.uint8), digest)
+    return {"optimizer": type(optimizer).__name__, "frozen weights": f"{digest:08x}"}
+
+
+def save_run(
+    path: Path,
+    step: int,
+    model: Module,
+    trained: dict[str, Any],
+    optimizer: Optimizer,
+    history: History,
+    identity: dict[str, str],
+) -> None:
+    """Write everything that the rest of the run depends on, to a temporary name, then rename."""
+    tensors = {f"model.{name}": p.data for name, p in trained.items()}
+    tensors |= {f"optimizer.{name}": array for name, array in optimizer.state_dict().items()}
+    for name in ("loss", "lr", "grad_norm"):
+        tensors[f"history.{name}"] = np.array(getattr(history, name), dtype=np.float64)
+    states = {name: rng.bit_generator.state for name, rng in _generators(model).items()}
+    generators = json.dumps(states, default=np.ndarray.tolist)  # some generators keep arrays
+    files.write_tensors(path, tensors, {"step": str(step), "generators": generators, **identity})
+
+
+def load_run(
+    path: Path,
+    model: Module,
+    trained: dict[str, Any],
+    optimizer: Optimizer,
+    history: History,
+    identity: dict[str, str],
+    steps: int,
+) -> int:
+    """Take over a checkpoint, after checking that it is this run's; returns how many steps it has done."""
+    tensors, metadata = files.read_tensors(path)
+    parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "history": {}}
+    for key, array in tensors.items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = array
+    try:
+        done, states = int(metadata["step"]), json.loads(metadata["generators"])
+        lists = {name: parts["history"][name].tolist() for name in ("loss", "lr", "grad_norm")}
+        kinds = {name: state["bit_generator"] for name, state in states.items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a checkpoint that fit wrote ({error!r})") from error
+    saved, generators = parts["model"], _generators(model)
+    here = {f"parameter {name}": p.shape for name, p in trained.items()} | identity
+    here |= {f"generator {name}": rng.bit_generator.state["bit_generator"] for name, rng in generators.items()}
+    there = {f"parameter {name}": array.shape for name, array in saved.items()}
+    there |= {f"generator {name}": kind for name, kind in kinds.items()}
+    there |= {name: metadata.get(name, "") for name in identity}
+    if here != there:
+        key = next(key for key in here | there if here.get(key) != there.get(key))
+        raise ValueError(
+            f"{path}: a checkpoint of another run: {key} is {there.get(key)} there and {here.get(key)} here"
+        )
+    if done > steps:
+        raise ValueError(f"steps: got {steps}; the checkpoint {path} has done {done} already")
+    optimizer.load_state_dict(parts["optimizer"])
+    for name, p in trained.items():
+        assign(p, saved[name])
+    for name, rng in generators.items():
+        rng.bit_generator.state = states[name]
+    for name, values in lists.items():
+        setattr(history, name, values)
+    return done
