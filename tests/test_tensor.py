@@ -122,6 +122,16 @@ def test_a_seed_gradient_stays_as_it_was_when_backward_adds_to_it():
     np.testing.assert_array_equal(x.grad, [3, 3])
 
 
+def test_a_gradient_that_is_a_view_of_another_is_not_added_to_in_place():
+    """`reshape` hands on a view of the gradient it gets, which here also waits for `v`."""
+    x, seed = trained([1.0, 2.0]), np.ones(2)
+    h, v = x + 0, x * 1
+    k = h * 3
+    (h.reshape(2) + v + k).backward(seed)
+    np.testing.assert_array_equal(seed, [1, 1])
+    np.testing.assert_array_equal(x.grad, [5, 5])
+
+
 # --- long chains and memory -------------------------------------------------------------------------------------------
 
 
