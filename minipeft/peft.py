@@ -1,11 +1,10 @@
-"""get_peft_model and PeftModel: choose targets, attach a method, switch, merge, save and load, in PEFT's format."""
+"""get_peft_model and PeftModel: attach a method to a model's layers, switch adapters, merge, save and load."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from . import files
-from .backend import Array, generator, get_namespace, matmul
+from .adapter_files import check_fit, portable, read_adapter, without_offset, write_adapter
+from .backend import Array, generator
 from .methods.base import AdapterLayer, Method
-from .methods.lora import LoraConfig, LoraLinear
-from .nn import Linear, Module, Parameter, assign, closest
-
-CONFIGS: dict[str, type] = {"LORA": LoraConfig}  # by the peft_type in adapter_config.json
-ALL_LINEAR = ("all-linear", "all")  # the second is the document's "ALL"
+from .methods.lora import LoraLinear
+from .nn import Module, Parameter, assign
+from .targets import Plan, SavedModule
 
 
 def get_peft_model(
@@ -54,116 +51,9 @@ def _adapted(model: Module, config: Any, batches: Any, loss_fn: Any, adapter_nam
     peft_model.base_model, peft_model.peft_config, peft_model.methods = _Base(model), {}, {}
     peft_model.active_adapters = []
     peft_model.training = peft_model.base_model.training = model.training
-    peft_model._attach(_Plan(model, config, adapter_name), batches, loss_fn, seed)
+    peft_model._attach(Plan(model, config, adapter_name), batches, loss_fn, seed)
     model.zero_grad()  # what is frozen now holds no gradient of an earlier training
     return peft_model
-
-
-# --- which modules ----------------------------------------------------------------------------------------------------
-
-
-class _Plan:
-    """The modules a config adapts and saves, checked; making it changes nothing."""
-
-    def __init__(self, model: Module, config: Any, adapter: str) -> None:
-        if not adapter or "." in adapter:
-            raise ValueError(f"adapter_name: got {adapter!r}; a name without dots is accepted")
-        self.config, self.adapter = config, adapter
-        self.method: Method = config.build()
-        self.saved = _find_saved(model, config.modules_to_save or [])
-        self.targets = [
-            name
-            for name in find_targets(model, config.target_modules)
-            if not any(name == saved or name.startswith(saved + ".") for saved in self.saved)
-        ]
-        if not self.targets:
-            raise ValueError(f"target_modules: {config.target_modules!r} leaves no Linear to adapt")
-        for name in self.targets:
-            self.method.check(name, model.get_submodule(name))
-
-
-def find_targets(model: Module, target_modules: str | Iterable[str]) -> list[str]:
-    """The names of the Linears that `target_modules` means, in the model's order.
-
-    Raises:
-        ValueError: a name that no module has (the closest are listed), or that belongs to something else than a Linear.
-    """
-    modules = dict(_outer_modules(model))
-    linears = [name for name, module in modules.items() if isinstance(module, Linear | AdapterLayer)]
-    if isinstance(target_modules, str):
-        if target_modules.lower() in ALL_LINEAR:
-            heads = _output_heads(model)
-            return [name for name in linears if name not in heads]
-        try:
-            matches = lambda name: re.fullmatch(target_modules, name) is not None  # noqa: E731
-            found = [name for name in modules if matches(name)]
-        except re.error as error:
-            raise ValueError(f"target_modules: {target_modules!r} is no regular expression ({error})") from error
-        wanted = {target_modules: found}
-    else:
-        wanted = {target: [n for n in modules if n == target or n.endswith("." + target)] for target in target_modules}
-    for target, found in wanted.items():
-        if not found:
-            endings = {name.rpartition(".")[2] for name in linears}
-            raise ValueError(f"target_modules: no module is called {target!r}; {closest(target, [*endings, *linears])}")
-        for name in found:
-            if name not in linears:
-                kind = type(modules[name]).__name__
-                raise ValueError(f"target_modules: {name!r} is a {kind}; only Linear layers are adapted")
-    chosen = {name for found in wanted.values() for name in found}
-    return [name for name in linears if name in chosen]
-
-
-def _outer_modules(model: Module) -> Iterator[tuple[str, Module]]:
-    """All modules but those inside adapter layers and saved copies."""
-    inside: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        if isinstance(module, AdapterLayer | SavedModule):
-            inside.append(name + ".")
-        yield name, module
-
-
-def _output_heads(model: Module) -> set[str]:
-    """The full names of the output heads that the model and its parts declare."""
-    return {f"{name}.{m.output_head}".lstrip(".") for name, m in model.named_modules() if m.output_head}
-
-
-def _find_saved(model: Module, names: Iterable[str]) -> list[str]:
-    """The names of the modules that `modules_to_save` means; one that lies inside another is saved with that one."""
-    modules = {name: module for name, module in _outer_modules(model) if name}
-    found: list[str] = []
-    for wanted in names:
-        matching = [name for name in modules if name == wanted or name.endswith("." + wanted)]
-        if not matching:
-            raise ValueError(f"modules_to_save: no module is called {wanted!r}; {closest(wanted, modules)}")
-        for name in matching:
-            if any(isinstance(m, AdapterLayer) for m in modules[name].modules()):
-                raise ValueError(
-                    f"modules_to_save: {name!r} has another adapter's layers inside; it cannot be saved whole"
-                )
-        found += matching
-    return [name for name in modules if name in found and not any(name.startswith(f"{outer}.") for outer in found)]
-
-
-class SavedModule(Module):
-    """A module of `modules_to_save`: the original, and a trained copy for each adapter."""
-
-    def __init__(self, original: Module) -> None:
-        self.original_module = original
-        self.modules_to_save: dict[str, Module] = {}
-        self.active: list[str] = []
-        self.disabled = False
-
-    def chosen(self) -> Module:
-        """The copy of the first active adapter that has one, else the original."""
-        names = [] if self.disabled else [n for n in self.active if n in self.modules_to_save]
-        return self.modules_to_save[names[0]] if names else self.original_module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the chosen one computes."""
-        return self.chosen()(*args, **kwargs)
 
 
 class _Base(Module):
@@ -199,7 +89,7 @@ def _unchanged_on_error(model: Module) -> Iterator[None]:
 
 
 class PeftModel(Module):
-    """A model with adapters. Made by `get_peft_model` or `PeftModel.from_pretrained`; unknown attributes are the model's.
+    """A model with adapters, from `get_peft_model` or `PeftModel.from_pretrained`; unknown attributes are the model's.
 
     Attributes:
         base_model: holds the model, `base_model.model`.
@@ -256,7 +146,7 @@ class PeftModel(Module):
         if sum(getattr(c, "bias", "none") != "none" for c in (config, *self.peft_config.values())) > 1:
             raise ValueError("bias: another adapter trains biases already; 'none' is accepted")
         active = list(self.active_adapters)
-        self._attach(_Plan(self.base_model.model, config, adapter_name), batches, loss_fn, seed)
+        self._attach(Plan(self.base_model.model, config, adapter_name), batches, loss_fn, seed)
         self.set_adapter(active)
 
     def _check_addable(self, adapter_name: str) -> None:
@@ -265,7 +155,7 @@ class PeftModel(Module):
         if self.merged_adapters:
             raise ValueError("add_adapter: adapters are merged; call unmerge_adapter() first")
 
-    def _attach(self, plan: _Plan, batches: Any, loss_fn: Any, seed: Any) -> None:
+    def _attach(self, plan: Plan, batches: Any, loss_fn: Any, seed: Any) -> None:
         model, method = self.base_model.model, plan.method
         method.adapter, method.rng = plan.adapter, generator(seed)
         with _unchanged_on_error(model):
@@ -464,21 +354,9 @@ class PeftModel(Module):
             if isinstance(layer, LoraLinear) and adapter_name in layer.offset
         }
         if offsets:
-            values, config = _without_offset(values, config, offsets)
-        config = self._portable(config, adapter_name)
-        metadata = {"format": "pt"}  # PEFT writes so; readers ask for it
-        files.write_tensors(Path(path) / "adapter_model.safetensors", values, metadata)
-        files.write_json(Path(path) / "adapter_config.json", {**config.to_dict(), "inference_mode": True})
-
-    def _portable(self, config: Any, adapter_name: str) -> Any:
-        """The config in words that PEFT knows: targets by their names, since its "all-linear" means another set on
-        models that are not its own; and of the start values only whether the base stays as it is."""
-        changes: dict[str, Any] = {}
-        if isinstance(config.target_modules, str) and config.target_modules.lower() in ALL_LINEAR:
-            changes["target_modules"] = [name for name, m in self.adapter_layers() if adapter_name in m.adapters]
-        if getattr(config, "init_lora_weights", None) in ("kaiming", "gaussian_b"):
-            changes["init_lora_weights"] = True
-        return replace(config, **changes)
+            values, config = without_offset(values, config, offsets)
+        targets = [name for name, layer in self.adapter_layers() if adapter_name in layer.adapters]
+        write_adapter(path, portable(config, targets), values)
 
     @classmethod
     def from_pretrained(
@@ -495,7 +373,7 @@ class PeftModel(Module):
 
         Unless `is_trainable`, everything is frozen and in inference mode.
         """
-        config, values = _read_adapter(model, path, adapter_name, is_trainable)
+        config, values = _read(model, path, adapter_name, is_trainable)
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         peft_model._load(adapter_name, values)
         return peft_model if is_trainable else peft_model.eval()
@@ -503,7 +381,7 @@ class PeftModel(Module):
     def load_adapter(self, path: str | os.PathLike, adapter_name: str, is_trainable: bool = False) -> None:
         """Attach one more adapter, from a directory; it is active only after `set_adapter`."""
         self._check_addable(adapter_name)
-        config, values = _read_adapter(self.base_model.model, path, adapter_name, is_trainable)
+        config, values = _read(self.base_model.model, path, adapter_name, is_trainable)
         self.add_adapter(adapter_name, config)
         self._load(adapter_name, values)
 
@@ -512,61 +390,13 @@ class PeftModel(Module):
             assign(parameter, values[name])
 
 
-def _without_offset(
-    values: dict[str, Array], config: LoraConfig, offsets: dict[str, tuple[Array, Array]]
-) -> tuple[dict[str, Array], LoraConfig]:
-    """The same update as an ordinary adapter of rank 2r; α grows with the rank, so that s stays α/r (or α/√r).
-
-    Where a weight has no rank 2r the product itself is one factor and the identity the other.
-    """
-    values, ranks, alphas = dict(values), {}, {}
-    growth = lambda ratio: ratio**0.5 if config.use_rslora else ratio  # noqa: E731
-    for name, (A0, B0) in offsets.items():
-        xp, key = get_namespace(A0), f"base_model.model.{name}"
-        A = xp.concatenate([values[f"{key}.lora_A.weight"], A0], axis=0)  # (2r, in)
-        B = xp.concatenate([values[f"{key}.lora_B.weight"], -B0], axis=1)  # (out, 2r)
-        most = min(B.shape[0], A.shape[1])
-        if A.shape[0] > most:
-            identity = xp.eye(most, dtype=A.dtype)
-            A, B = (matmul(B, A), identity) if B.shape[0] == most else (identity, matmul(B, A))
-        values[f"{key}.lora_A.weight"], values[f"{key}.lora_B.weight"] = A, B
-        exactly = f"^{re.escape(name)}"  # "$" is added when it is matched
-        ranks[exactly] = A.shape[0]
-        alphas[exactly] = growth(A.shape[0] / A0.shape[0]) * config.alpha_of(name)
-    r, alpha = 2 * config.r, growth(2) * config.lora_alpha
-    return values, replace(
-        config,
-        r=r,
-        lora_alpha=alpha,
-        rank_pattern={name: own for name, own in ranks.items() if own != r},
-        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
-        init_lora_weights=True,
-    )
-
-
-def _read_adapter(
+def _read(
     model: Module, path: str | os.PathLike, adapter_name: str, is_trainable: bool
 ) -> tuple[Any, dict[str, Array]]:
     """The config and the tensors of a saved adapter, checked against the model, which is not touched."""
-    directory = Path(path)
-    data = files.read_json(directory / "adapter_config.json")
-    kind = data.get("peft_type")
-    if not isinstance(kind, str) or kind not in CONFIGS:
-        raise ValueError(f"{directory}: peft_type is {kind!r}; accepted are {', '.join(map(repr, CONFIGS))}")
-    if not (directory / "adapter_model.safetensors").exists() and (directory / "adapter_model.bin").exists():
-        raise ValueError(f"{directory}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
-    config = replace(CONFIGS[kind].from_dict(data), inference_mode=not is_trainable)
-    values, _ = files.read_tensors(directory / "adapter_model.safetensors")
+    config, values = read_adapter(path)
+    config = replace(config, inference_mode=not is_trainable)
     shared = {id(p.data): p.data for p in model.parameters()}  # the trial model copies no weight
     trial = _adapted(copy.deepcopy(model, shared), config, None, None, adapter_name, 0)
-    wanted = {name: parameter.shape for name, parameter in trial.adapter_state(adapter_name).items()}
-    missing, extra = sorted(wanted.keys() - values.keys()), sorted(values.keys() - wanted.keys())
-    if missing or extra:
-        raise ValueError(
-            f"{directory}: the adapter does not fit the model: missing {missing[:4] or 'nothing'}, "
-            f"not in the model {extra[:4] or 'nothing'} ({len(missing)} and {len(extra)} in all)"
-        )
-    for name, shape in wanted.items():
-        if values[name].shape != shape:
-            raise ValueError(f"{directory}: {name} has shape {values[name].shape}, the model needs {shape}")
+    check_fit(path, values, {name: parameter.shape for name, parameter in trial.adapter_state(adapter_name).items()})
     return config, values

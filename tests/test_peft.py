@@ -7,49 +7,23 @@ import re
 
 import numpy as np
 import pytest
+import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from twins import CONFIG, LINEARS, LR, REFERENCE, STEPS, Net
 
 from minipeft import LoraConfig, PeftModel, Tensor, fit, get_peft_model, nn, ops, optim
 from minipeft.backend import get_namespace, to_numpy
-from minipeft.methods.lora import INITS, OFFSET_INITS, LoraLinear
+from minipeft.methods.lora import INITS, OFFSET_INITS
 from minipeft.models import MLP
 from minipeft.models.vit import ViT
-from minipeft.peft import SavedModule, find_targets
+from minipeft.targets import SavedModule, find_targets
 
 EPS32, EPS64 = float(np.finfo("float32").eps), float(np.finfo("float64").eps)
 ZERO_INITS = ["kaiming", "gaussian", "gaussian_b"]
 
 
-class Block(nn.Module):
-    def __init__(self, rng, dtype):
-        self.q_proj, self.v_proj = (nn.Linear(6, 6, dtype=dtype, rng=rng) for _ in range(2))
-        self.norm = nn.LayerNorm(6, dtype=dtype)
-
-    def forward(self, x):
-        return x + self.v_proj(ops.tanh(self.q_proj(self.norm(x))))
-
-
-class Net(nn.Module):
-    """Layers in a list, a norm with a bias, a Linear without one, an output head."""
-
-    output_head = "head"
-
-    def __init__(self, dtype="float64", seed=0):
-        rng = np.random.default_rng(seed)
-        self.fc = nn.Linear(5, 6, bias=False, dtype=dtype, rng=rng)
-        self.layers = [Block(rng, dtype) for _ in range(2)]
-        self.head = nn.Linear(6, 3, dtype=dtype, rng=rng)
-
-    def forward(self, x):
-        x = self.fc(x)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
-
-
-LINEARS = ["fc", "layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj"]
 BATCH = np.random.default_rng(1).standard_normal((4, 5))
 
 
@@ -1025,5 +999,66 @@ def test_any_value_in_the_config_loads_or_is_refused_with_the_model_unchanged(tm
         assert fingerprint(base) == before
 
 
-def test_a_layer_knows_what_it_is():
-    assert all(isinstance(layer, LoraLinear) for _, layer in adapted().adapter_layers())
+# --- beside PEFT, by the numbers it gave (twins.reference) ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept():
+    with np.load(REFERENCE / "values.npz", allow_pickle=False) as values:
+        return dict(values)
+
+
+def part(kept, prefix):
+    return {name.removeprefix(prefix): a for name, a in kept.items() if name.startswith(prefix)}
+
+
+def reference_base(kept, dtype):
+    base = Net(dtype, seed=9)
+    base.load_state_dict(part(kept, "base."))
+    return base
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_adapter_that_peft_wrote_gives_the_outputs_that_peft_gave(kept, dtype, xp):
+    x, _ = twins.batch(dtype)
+    model = PeftModel.from_pretrained(reference_base(kept, dtype).to(xp), REFERENCE)
+    found = to_numpy(model(Tensor(xp.asarray(x))).data)
+    # 1e-12 and 1e-5: logits of about 5 from sums of 6 products, in float64 and in float32
+    atol = 1e-12 if dtype == "float64" else 1e-5
+    np.testing.assert_allclose(found, kept["outputs.float64"], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 2e-5), ("float64", 1e-12)])
+def test_thirty_steps_of_training_follow_pefts_losses(kept, dtype, rtol, tmp_path):
+    """PyTorch's own float32 losses are up to 2e-5 (relative) away from its float64 ones; so may these be."""
+    model = get_peft_model(reference_base(kept, dtype), LoraConfig(**CONFIG))
+    start, state = part(kept, "start."), model.adapter_state()
+    assert state.keys() == start.keys()
+    for name, p in state.items():
+        nn.assign(p, start[name])
+    x, y = twins.batch(dtype)
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+    history = fit(model, [(Tensor(x), y)], steps=STEPS, optimizer=optimizer, progress=False)
+    np.testing.assert_allclose(history.loss, kept[f"losses.{dtype}"], rtol=rtol)
+    assert history.loss[-1] < 0.2 * history.loss[0]
+    if dtype == "float64":  # and ends at the adapter that PEFT wrote
+        model.save_pretrained(tmp_path)
+        found, expected = (load_file(d / "adapter_model.safetensors") for d in (tmp_path, REFERENCE))
+        assert found.keys() == expected.keys()
+        for name, a in expected.items():
+            np.testing.assert_allclose(found[name], a, rtol=0, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_inits_from_the_weight_are_pefts(kept, init):
+    """The factors' product and what is left of W; of the factors themselves a pair's common sign is free."""
+    options = {"r": 2, "lora_alpha": 5, "target_modules": ["fc", "v_proj"], "init_lora_weights": init}
+    model = get_peft_model(reference_base(kept, "float32"), LoraConfig(**options))
+    expected, found = part(kept, f"{init}."), model.state_dict()
+    for name in ("base_model.model.fc.", "base_model.model.layers.0.v_proj."):
+        weight, A, B = (f"{name}{p}.weight" for p in ("base_layer", "lora_A.default", "lora_B.default"))
+        # 1e-6: a decomposition in float32 of numbers of about 1
+        np.testing.assert_allclose(found[weight], expected[weight], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(found[B] @ found[A], expected[B] @ expected[A], rtol=0, atol=1e-6)
+        for factor in (A, B):
+            np.testing.assert_allclose(abs(found[factor]), abs(expected[factor]), rtol=0, atol=2e-6)

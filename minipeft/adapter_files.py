@@ -1,0 +1,97 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import files
+from .backend import Array, get_namespace, matmul
+from .methods.lora import LoraConfig
+from .targets import ALL_LINEAR
+
+CONFIGS: dict[str, type] = {"LORA": LoraConfig}  # by the peft_type in adapter_config.json
+
+
+def write_adapter(path: str | os.PathLike, config: Any, values: dict[str, Array]) -> None:
+    """Write an adapter's tensors and config into a directory, each file whole or not at all."""
+    metadata = {"format": "pt"}  # PEFT writes so; readers ask for it
+    files.write_tensors(Path(path) / "adapter_model.safetensors", values, metadata)
+    files.write_json(Path(path) / "adapter_config.json", {**config.to_dict(), "inference_mode": True})
+
+
+def read_adapter(path: str | os.PathLike) -> tuple[Any, dict[str, Array]]:
+    """The config and the tensors of a saved adapter.
+
+    Raises:
+        FileNotFoundError: no adapter_config.json or adapter_model.safetensors there.
+        ValueError: not an adapter, one of a kind that is not here, or pickled weights, which can run code.
+    """
+    directory = Path(path)
+    data = files.read_json(directory / "adapter_config.json")
+    kind = data.get("peft_type")
+    if not isinstance(kind, str) or kind not in CONFIGS:
+        raise ValueError(f"{directory}: peft_type is {kind!r}; accepted are {', '.join(map(repr, CONFIGS))}")
+    if not (directory / "adapter_model.safetensors").exists() and (directory / "adapter_model.bin").exists():
+        raise ValueError(f"{directory}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
+    values, _ = files.read_tensors(directory / "adapter_model.safetensors")
+    return CONFIGS[kind].from_dict(data), values
+
+
+def check_fit(path: str | os.PathLike, values: dict[str, Array], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless the tensors are those that a model wants: `wanted` are its shapes by name."""
+    missing, extra = sorted(wanted.keys() - values.keys()), sorted(values.keys() - wanted.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{path}: the adapter does not fit the model: missing {missing[:4] or 'nothing'}, "
+            f"not in the model {extra[:4] or 'nothing'} ({len(missing)} and {len(extra)} in all)"
+        )
+    for name, shape in wanted.items():
+        if values[name].shape != shape:
+            raise ValueError(f"{path}: {name} has shape {values[name].shape}, the model needs {shape}")
+
+
+def portable(config: Any, targets: list[str]) -> Any:
+    """The config in words that PEFT knows: targets by their names, since its "all-linear" means another set on models
+    that are not its own; and of the start values only whether the base stays as it is."""
+    changes: dict[str, Any] = {}
+    if isinstance(config.target_modules, str) and config.target_modules.lower() in ALL_LINEAR:
+        changes["target_modules"] = targets
+    if getattr(config, "init_lora_weights", None) in ("kaiming", "gaussian_b"):
+        changes["init_lora_weights"] = True
+    return replace(config, **changes)
+
+
+def without_offset(
+    values: dict[str, Array], config: LoraConfig, offsets: dict[str, tuple[Array, Array]]
+) -> tuple[dict[str, Array], LoraConfig]:
+    """The same update as an ordinary adapter of rank 2r; α grows with the rank, so that s stays α/r (or α/√r).
+
+    Where a weight has no rank 2r the product itself is one factor and the identity the other.
+    """
+    values, ranks, alphas = dict(values), {}, {}
+    growth = lambda ratio: ratio**0.5 if config.use_rslora else ratio  # noqa: E731
+    for name, (A0, B0) in offsets.items():
+        xp, key = get_namespace(A0), f"base_model.model.{name}"
+        A = xp.concatenate([values[f"{key}.lora_A.weight"], A0], axis=0)  # (2r, in)
+        B = xp.concatenate([values[f"{key}.lora_B.weight"], -B0], axis=1)  # (out, 2r)
+        most = min(B.shape[0], A.shape[1])
+        if A.shape[0] > most:
+            identity = xp.eye(most, dtype=A.dtype)
+            A, B = (matmul(B, A), identity) if B.shape[0] == most else (identity, matmul(B, A))
+        values[f"{key}.lora_A.weight"], values[f"{key}.lora_B.weight"] = A, B
+        exactly = f"^{re.escape(name)}"  # "$" is added when it is matched
+        ranks[exactly] = A.shape[0]
+        alphas[exactly] = growth(A.shape[0] / A0.shape[0]) * config.alpha_of(name)
+    r, alpha = 2 * config.r, growth(2) * config.lora_alpha
+    return values, replace(
+        config,
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern={name: own for name, own in ranks.items() if own != r},
+        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
+        init_lora_weights=True,
+    )

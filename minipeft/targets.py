@@ -1,0 +1,116 @@
+"""Which modules a config means: by name, ending or regular expression, checked before anything is changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from .methods.base import AdapterLayer, Method
+from .nn import Linear, Module, closest
+
+ALL_LINEAR = ("all-linear", "all")  # the second is the document's "ALL"
+
+
+class Plan:
+    """The modules a config adapts and saves, checked; making it changes nothing."""
+
+    def __init__(self, model: Module, config: Any, adapter: str) -> None:
+        if not adapter or "." in adapter:
+            raise ValueError(f"adapter_name: got {adapter!r}; a name without dots is accepted")
+        self.config, self.adapter = config, adapter
+        self.method: Method = config.build()
+        self.saved = find_saved(model, config.modules_to_save or [])
+        self.targets = [
+            name
+            for name in find_targets(model, config.target_modules)
+            if not any(name == saved or name.startswith(saved + ".") for saved in self.saved)
+        ]
+        if not self.targets:
+            raise ValueError(f"target_modules: {config.target_modules!r} leaves no Linear to adapt")
+        for name in self.targets:
+            self.method.check(name, model.get_submodule(name))
+
+
+def find_targets(model: Module, target_modules: str | Iterable[str]) -> list[str]:
+    """The names of the Linears that `target_modules` means, in the model's order.
+
+    Raises:
+        ValueError: a name that no module has (the closest are listed), or that belongs to something else than a Linear.
+    """
+    modules = dict(outer_modules(model))
+    linears = [name for name, module in modules.items() if isinstance(module, Linear | AdapterLayer)]
+    if isinstance(target_modules, str):
+        if target_modules.lower() in ALL_LINEAR:
+            heads = output_heads(model)
+            return [name for name in linears if name not in heads]
+        try:
+            matches = lambda name: re.fullmatch(target_modules, name) is not None  # noqa: E731
+            found = [name for name in modules if matches(name)]
+        except re.error as error:
+            raise ValueError(f"target_modules: {target_modules!r} is no regular expression ({error})") from error
+        wanted = {target_modules: found}
+    else:
+        wanted = {target: [n for n in modules if n == target or n.endswith("." + target)] for target in target_modules}
+    for target, found in wanted.items():
+        if not found:
+            endings = {name.rpartition(".")[2] for name in linears}
+            raise ValueError(f"target_modules: no module is called {target!r}; {closest(target, [*endings, *linears])}")
+        for name in found:
+            if name not in linears:
+                kind = type(modules[name]).__name__
+                raise ValueError(f"target_modules: {name!r} is a {kind}; only Linear layers are adapted")
+    chosen = {name for found in wanted.values() for name in found}
+    return [name for name in linears if name in chosen]
+
+
+def outer_modules(model: Module) -> Iterator[tuple[str, Module]]:
+    """All modules but those inside adapter layers and saved copies."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, AdapterLayer | SavedModule):
+            inside.append(name + ".")
+        yield name, module
+
+
+def output_heads(model: Module) -> set[str]:
+    """The full names of the output heads that the model and its parts declare."""
+    return {f"{name}.{m.output_head}".lstrip(".") for name, m in model.named_modules() if m.output_head}
+
+
+def find_saved(model: Module, names: Iterable[str]) -> list[str]:
+    """The names of the modules that `modules_to_save` means; one that lies inside another is saved with that one."""
+    modules = {name: module for name, module in outer_modules(model) if name}
+    found: list[str] = []
+    for wanted in names:
+        matching = [name for name in modules if name == wanted or name.endswith("." + wanted)]
+        if not matching:
+            raise ValueError(f"modules_to_save: no module is called {wanted!r}; {closest(wanted, modules)}")
+        for name in matching:
+            if any(isinstance(m, AdapterLayer) for m in modules[name].modules()):
+                raise ValueError(
+                    f"modules_to_save: {name!r} has another adapter's layers inside; it cannot be saved whole"
+                )
+        found += matching
+    return [name for name in modules if name in found and not any(name.startswith(f"{outer}.") for outer in found)]
+
+
+class SavedModule(Module):
+    """A module of `modules_to_save`: the original, and a trained copy for each adapter."""
+
+    def __init__(self, original: Module) -> None:
+        self.original_module = original
+        self.modules_to_save: dict[str, Module] = {}
+        self.active: list[str] = []
+        self.disabled = False
+
+    def chosen(self) -> Module:
+        """The copy of the first active adapter that has one, else the original."""
+        names = [] if self.disabled else [n for n in self.active if n in self.modules_to_save]
+        return self.modules_to_save[names[0]] if names else self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the chosen one computes."""
+        return self.chosen()(*args, **kwargs)
