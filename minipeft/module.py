@@ -220,6 +220,8 @@ def _convert(value: Any, device: Any, dtype: Any) -> Any:
     if isinstance(value, dict):
         return {key: _convert(item, device, dtype) for key, item in value.items()}
     if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, np.generic):
+        if hasattr(value, "to"):  # a quantized tensor: its codes move, and keep their dtypes
+            return value.to(device, dtype)
         if dtype is not None and backend.is_float(value.dtype):
             value = value.astype(dtype, copy=False)
         return value if device is None else backend.move(value, device)

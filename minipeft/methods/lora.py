@@ -17,6 +17,7 @@ import numpy as np
 from .. import backend, ops
 from ..backend import Array, get_namespace
 from ..nn import Dropout, Linear, Module, Parameter
+from ..quant.linear import QuantizedLinear, QuantizedWeight
 from ..tensor import Tensor, joint_result
 from .base import AdapterLayer, Method
 
@@ -146,16 +147,22 @@ def lora_linear(x: Any, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, sc
     With u = x Aᵀ and v = s·g B:  dx = g W + v A,  dA = vᵀ x,  dB = s·gᵀ u,  db = Σ g,  dW = gᵀ x unless frozen.
 
     The same as `linear(x, W, b) + s·linear(linear(x, A), B)`; one node saves three arrays of y's size and the passes
-    over them.
+    over them. A weight that is held as codes is dequantized for each of its two products (QLoRA: Dettmers et al. 2023,
+    eq. 5); between them only the codes are kept.
     """
-    x, W, A, B = ops.operands("lora_linear", x, W, A, B)
-    w, a, b, shape, scaling = W.data, A.data, B.data, x.shape, float(scaling)
-    if not shape or shape[-1] != w.shape[1] or a.shape[1:] != w.shape[1:] or b.shape != (w.shape[0], a.shape[0]):
-        raise ValueError(f"lora_linear: x {shape}, W (out, in) {w.shape}, A (r, in) {a.shape}, B (out, r) {b.shape}")
-    rows = x.data.reshape(-1, shape[-1])  # (N, in)
-    out = w.shape[0]
+    if isinstance(W, QuantizedWeight):
+        x, A, B = ops.operands("lora_linear", x, A, B)
+        w, full = W.stored("lora_linear", x)
+    else:
+        x, W, A, B = ops.operands("lora_linear", x, W, A, B)
+        w, full = W.data, None
+    a, b, shape, scaling = A.data, B.data, x.shape, float(scaling)
+    out, width = W.shape
+    if not shape or shape[-1] != width or a.shape[1:] != (width,) or b.shape != (out, a.shape[0]):
+        raise ValueError(f"lora_linear: x {shape}, W (out, in) {W.shape}, A (r, in) {a.shape}, B (out, r) {b.shape}")
+    rows = x.data.reshape(-1, width)  # (N, in)
     u = backend.matmul(rows, a.T)  # (N, r)
-    y = backend.matmul(rows, w.T)  # (N, out)
+    y = backend.matmul(rows, (w if full is None else full(w)).T)  # (N, out)
     y += backend.matmul(u * scaling, b.T)
     parents = (x, W, A, B)
     if bias is not None:
@@ -169,7 +176,7 @@ def lora_linear(x: Any, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, sc
         v = scaling * backend.matmul(g, b) if need_x or need_a else None  # (N, r)
         dx = None
         if need_x:
-            dx = backend.matmul(g, w)
+            dx = backend.matmul(g, w if full is None else full(w))
             dx += backend.matmul(v, a)
             dx = dx.reshape(shape)
         return [
@@ -420,14 +427,20 @@ class Lora(Method):
     """Wraps Linears in `LoraLinear`."""
 
     def check(self, name: str, linear: Module) -> None:
-        """Raise ValueError where r does not fit the layer."""
+        """Raise ValueError where r does not fit the layer, or the start values would change a weight held as codes."""
         out_features, in_features = linear.weight.shape
         check_r(f"r of {name!r}", self.config.rank_of(name), out_features, in_features)
+        init = self.config.init_lora_weights
+        if init in OFFSET_INITS and isinstance(getattr(linear, "base_layer", linear), QuantizedLinear):
+            raise ValueError(
+                f"init_lora_weights: {init!r} takes s·B A from the weight, and {name!r} holds its weight as codes; "
+                "accepted are True, 'kaiming', 'gaussian' and 'gaussian_b'"
+            )
 
     def wrap(self, name: str, linear: Module) -> LoraLinear:
         """The Linear with a new adapter beside it; a LoraLinear gets one more."""
         layer = linear if isinstance(linear, LoraLinear) else LoraLinear(linear)
-        config, W = self.config, layer.weight.data
+        config, W = self.config, layer.weight
         r = config.rank_of(name)
         scaling = lora_scaling(
             config.lora_alpha if not config.alpha_pattern else config.alpha_of(name), r, config.use_rslora
@@ -438,7 +451,10 @@ class Lora(Method):
             A = init_lora(*W.shape, r, "kaiming", self.rng, dtype)[0]
             B = self.rng.uniform(-(r**-0.5), r**-0.5, (W.shape[0], r)).astype(dtype)
         else:
-            A, B = init_lora(*W.shape, r, "kaiming" if init is True else init, self.rng, dtype, W, scaling)
+            init = "kaiming" if init is True else init
+            A, B = init_lora(
+                *W.shape, r, init, self.rng, dtype, W.data if init in ("pissa", "olora") else None, scaling
+            )
         dropout = Dropout(config.lora_dropout, rng=int(self.rng.integers(2**62)))
         layer.add(self.adapter, A, B, scaling, dropout, offset=init in OFFSET_INITS)
         return layer
