@@ -1,19 +1,20 @@
 """minipeft: parameter-efficient fine-tuning in NumPy, from scratch."""
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import backend, methods, nn, ops, optim, rank
+from . import backend, nn, ops, optim
 from .backend import set_default_dtype
-from .gradcheck import gradcheck
-from .methods.lora import LoraConfig
-from .peft import PeftModel, get_peft_model
 from .tensor import Tensor, no_grad
-from .train import fit
 
 if TYPE_CHECKING:
+    from . import methods, rank
+    from .gradient_check import gradcheck
+    from .methods.lora import LoraConfig
     from .models.load import load_model, save_model
+    from .peft import PeftModel, get_peft_model
     from .tokenizer import load_tokenizer
+    from .train import fit
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,12 +37,30 @@ __all__ = [
     "set_default_dtype",
 ]
 
-LATER = {"load_model": ".models.load", "save_model": ".models.load", "load_tokenizer": ".tokenizer"}
+# What is imported when it is first asked for: `import minipeft` costs little more than `import numpy`. "" is a module.
+LATER = {
+    "LoraConfig": "methods.lora",
+    "PeftModel": "peft",
+    "fit": "train",
+    "get_peft_model": "peft",
+    "gradcheck": "gradient_check",
+    "load_model": "models.load",
+    "load_tokenizer": "tokenizer",
+    "methods": "",
+    "rank": "",
+    "save_model": "models.load",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Language models are imported when they are first asked for: `import minipeft` stays quick."""
     if name not in LATER:
         raise AttributeError(f"module 'minipeft' has no attribute {name!r}")
-    globals()[name] = getattr(importlib.import_module(LATER[name], __name__), name)
+    home = LATER[name]
+    globals()[name] = (
+        getattr(import_module(f".{home}", __name__), name) if home else import_module(f".{name}", __name__)
+    )
     return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | LATER.keys())

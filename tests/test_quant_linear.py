@@ -8,9 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from minipeft import nn, ops, quant
+from minipeft import gradcheck, nn, ops, quant
 from minipeft.backend import to_numpy
-from minipeft.gradcheck import gradcheck
 from minipeft.measure import memory_report
 from minipeft.methods.lora import LoraConfig, lora_linear
 from minipeft.models import load_base
