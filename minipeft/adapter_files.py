@@ -38,7 +38,12 @@ def read_adapter(path: str | os.PathLike) -> tuple[Any, dict[str, Array]]:
     if not (directory / "adapter_model.safetensors").exists() and (directory / "adapter_model.bin").exists():
         raise ValueError(f"{directory}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
     values, _ = files.read_tensors(directory / "adapter_model.safetensors")
-    return CONFIGS[kind].from_dict(data), values
+    return CONFIGS[kind].from_dict(data), {name: a for name, a in values.items() if not _is_repeated(name)}
+
+
+def _is_repeated(name: str) -> bool:
+    """With bias="all" PEFT writes the biases of its `modules_to_save` wrappers twice, and those of the originals."""
+    return ".original_module." in name or ".modules_to_save." in name
 
 
 def check_fit(path: str | os.PathLike, values: dict[str, Array], wanted: dict[str, tuple[int, ...]]) -> None:

@@ -20,7 +20,10 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors' own files are for their owner alone
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -28,6 +28,12 @@ def test_a_file_is_written_with_its_directories_and_nothing_else_is_left(tmp_pat
     assert names_in(path.parent) == ["text"]
 
 
+def test_files_have_the_permissions_that_new_files_have_here(tmp_path):
+    (tmp_path / "plain").touch()
+    paths = [files.write_tensors(tmp_path / "t.safetensors", TENSORS), files.write_json(tmp_path / "j.json", {})]
+    assert {p.stat().st_mode for p in paths} == {(tmp_path / "plain").stat().st_mode}
+
+
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = files.write_text(tmp_path / "text", "old")

@@ -935,6 +935,15 @@ def test_a_bad_adapter_is_explained_and_nothing_is_changed(adapter, damage, erro
     assert files_of(adapter) == files
 
 
+def test_tensors_that_peft_writes_twice_are_passed_over(adapter):
+    """bias="all" makes PEFT write the biases inside its wrappers of modules_to_save once more."""
+    expected = outputs(PeftModel.from_pretrained(Net(), adapter))
+    head = "base_model.model.head"
+    twice = {f"{head}.original_module.bias": np.ones(3), f"{head}.modules_to_save.bias": np.ones(3)}
+    edit_tensors(adapter, lambda t: t.update(twice))
+    np.testing.assert_array_equal(outputs(PeftModel.from_pretrained(Net(), adapter)), expected)
+
+
 def test_an_adapter_of_another_model_is_explained(adapter):
     base = MLP((5, 8, 3), rng=0)
     before = fingerprint(base)
