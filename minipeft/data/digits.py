@@ -187,7 +187,29 @@ SHIFTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # (N, 8, 8) -> (N, 8,
 
 
 def transfer(shift: str = "rotated", dtype: Any = None) -> Task:
-    """The transfer task.
+    """The transfer task: digits turned by a quarter, for a base that knows upright ones.
+
+    Test accuracy in percent, mean ± deviation over 5 seeds, after 200 steps of 64; the learning rate of each row was
+    chosen on the validation digits. `python benchmarks/shifts.py` makes the table again (one standard error
+    of 400 test digits at 93 % is 1.3 points: rows nearer than that are equal).
+
+                            rotated           rotated       mirrored      inverted
+                            vit               mlp           mlp           mlp
+        base                13.8              12.0          44.3           0.0
+        head only           83.1 ± 1.2        85.4 ± 0.4    85.7 ± 0.6    93.8 ± 0.3
+        LoRA r = 1          90.6 ± 0.9        60.2 ± 5.7    86.0 ± 2.7    15.2 ± 0.8
+        LoRA r = 2          92.7 ± 1.7        73.9 ± 3.8    94.3 ± 0.7    15.3 ± 4.4
+        LoRA r = 4          92.6 ± 2.1        85.6 ± 3.8    95.7 ± 0.6    18.6 ± 11.6
+        LoRA r = 8          94.2 ± 1.3        91.4 ± 0.6    95.6 ± 0.7    24.7 ± 8.8
+        the same on attention only, r = 2, 4, 8: 90.0 ± 1.2, 92.7 ± 1.5, 91.8 ± 1.2
+        full, head frozen   93.4 ± 0.8        95.2 ± 0.4    96.1 ± 0.3    67.9 ± 5.1
+
+    Why rotated: the base is no better than a guess, the features must change (a new head alone stays far behind), full
+    fine-tuning learns it, and rank counts: in the MLP at every doubling, in the transformer up to r = 2. There adapting
+    all linear layers beats attention alone at r = 2 by 3 points, but not at equal parameters (attention with r = 4).
+    Mirrored digits are half known already, and r = 2 is enough for them. Inverted ones start at a loss of 21, and most
+    of the MLP's ReLUs die in the steps that bring it down: that measures optimization, not rank. Other classes (0 to 4,
+    then 5 to 9) were left out because adapters leave the head frozen, and it has learned never to answer the new ones.
 
     Args:
         shift: a name in `SHIFTS`.
