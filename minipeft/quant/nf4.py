@@ -19,7 +19,19 @@ from .. import backend
 from ..backend import Array, get_namespace
 from . import blocks
 from .blocks import check_blocksize, check_finite, flat_floats, quietly
-from .codes import bits_of, midpoints, pack, table_of, unpack
+from .codes import bits_of, fp4_table, midpoints, nf4_table, pack, table_of, unpack
+
+__all__ = [
+    "QuantizedTensor",
+    "bits_per_parameter",
+    "dequantize",
+    "double_quantize",
+    "fp4_table",
+    "nf4_table",
+    "quantize",
+    "quantize_fp4",
+    "quantize_nf4",
+]
 
 SMALLEST = 1e-38
 
