@@ -396,7 +396,7 @@ def _read(
     """The config and the tensors of a saved adapter, checked against the model, which is not touched."""
     config, values = read_adapter(path)
     config = replace(config, inference_mode=not is_trainable)
-    shared = {id(p.data): p.data for p in model.parameters()}  # the trial model copies no weight
+    shared = {id(a): a for p in model.parameters() for a in (p.data, p.grad)}  # the trial model copies no weight
     trial = _adapted(copy.deepcopy(model, shared), config, None, None, adapter_name, 0)
     check_fit(path, values, {name: parameter.shape for name, parameter in trial.adapter_state(adapter_name).items()})
     return config, values

@@ -391,6 +391,20 @@ def test_switching_disabling_and_unloading_with_any_pair_of_inits(first, second)
         np.testing.assert_allclose(a, weights[name], **SAME)
 
 
+def test_many_resting_adapters_give_their_share_back_in_one_order():
+    """Not in a set's, which is another in each process: sums in another order have other last bits."""
+    model = get_peft_model(Net(), LoraConfig(r=1, target_modules=["fc"], init_lora_weights="both"))
+    for name in "abcdefgh":
+        model.add_adapter(name, LoraConfig(r=1, target_modules=["fc"], init_lora_weights="both"), seed=ord(name))
+    x, layer = Tensor(BATCH), model.fc
+    y = layer.base_layer(x)
+    y = y + ops.linear(ops.linear(x, layer.lora_A["default"].weight), layer.lora_B["default"].weight) * 8.0
+    for name in "abcdefgh":
+        A0, B0 = (Tensor(factor) for factor in layer.offset[name])
+        y = y + ops.linear(ops.linear(x, A0), B0) * 8.0
+    np.testing.assert_array_equal(layer(x).data, y.data)
+
+
 def test_an_adapter_that_is_added_is_not_active_and_does_not_train():
     model = two_adapters()
     assert model.active_adapters == ["default"]
@@ -955,6 +969,22 @@ def test_an_adapter_of_another_model_is_explained(adapter):
 def test_a_path_that_does_not_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         PeftModel.from_pretrained(Net(), tmp_path / "nothing")
+
+
+def test_checking_an_adapter_copies_no_weight_and_no_gradient(adapter):
+    import tracemalloc
+
+    base = nn.Sequential(nn.Linear(1000, 1000, rng=0), Net())
+    base[0].weight.grad = np.zeros((1000, 1000), "float32")  # 4 MB each
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="no module is called"):
+        PeftModel.from_pretrained(base[0], adapter)
+    drop_tensor(adapter)
+    with pytest.raises(ValueError, match="missing"):
+        PeftModel.from_pretrained(base, adapter)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_loading_under_a_name_that_is_taken_changes_nothing(adapter):

@@ -265,8 +265,10 @@ class LoraLinear(AdapterLayer):
         for name in active:
             down = self.lora_A[name](self.lora_dropout[name](ops.tensor(x)))  # (..., r)
             y = y + self.lora_B[name](down) * self.scaling[name]
-        for name in self.offset.keys() - set(self.merged) - set(active):  # W lacks s·B₀A₀ of these: give it back
-            A0, B0 = (Tensor(factor) for factor in self.offset[name])
+        for name, factors in self.offset.items():
+            if name in active or name in self.merged:
+                continue
+            A0, B0 = (Tensor(factor) for factor in factors)  # W lacks s·B₀A₀ of this one: give it back
             y = y + ops.linear(ops.linear(x, A0), B0) * self.scaling[name]
         return y
 
