@@ -71,15 +71,15 @@ def from_state_tensors(tensors: dict[str, Array], name: str = "weight", dtype: A
     """
     found = [key for key in tensors if key.startswith(f"{name}.quant_state.")]
     if len(found) != 1:
-        raise ValueError(
-            f"tensors: {len(found)} have a name that begins with {name + '.quant_state.'!r}; one is needed"
-        )
+        raise ValueError(f"tensors: {len(found)} names begin with '{name}.quant_state.'; exactly one is accepted")
     state = _read_state(found[0], tensors[found[0]])
     quant_type, shape, blocksize = state["quant_type"], tuple(state["shape"]), state["blocksize"]
     table, size = table_of(quant_type), math.prod(shape)
     if size < 1 or blocksize not in BLOCKSIZES:
-        raise ValueError(f"{found[0]}: shape {shape} and blocksize {blocksize}; at least one element and a blocksize "
-                         f"of {', '.join(map(str, BLOCKSIZES))} are accepted")  # fmt: skip
+        raise ValueError(
+            f"{found[0]}: shape {shape} and blocksize {blocksize}; at least one element and a blocksize of "
+            f"{', '.join(map(str, BLOCKSIZES))} are accepted"
+        )
     blocks = -(-size // blocksize)
     codes = _part(tensors, name, -(-size * bits_of(table) // 8), "uint8", f"shape {shape}")
     _check_table(tensors, f"{name}.quant_map", table)
