@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -97,15 +97,19 @@ def from_hugging_face(data: dict[str, Any]) -> LlamaConfig:
         raise ValueError("quantization_config: the weights are quantized; take the model's unquantized version")
     if data.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act: got {data['hidden_act']!r}; 'silu' is accepted")
-    required = [f.name for f in fields(LlamaConfig)][:5]
-    if missing := [name for name in required if name not in data]:
+    required = [f.name for f in fields(LlamaConfig) if f.default is MISSING]
+    if missing := [name for name in required if data.get(name) is None]:
         raise ValueError(f"config.json: {', '.join(missing)} missing")
-    if bad := [name for name in required if type(data[name]) is not int or data[name] < 1]:
-        raise ValueError(f"config.json: {bad[0]} = {data[bad[0]]!r}; an integer of at least 1 is accepted")
+    for name in (*required, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if (value := data.get(name)) is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name}: got {value!r}; an integer of at least 1 is accepted")
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if rope.get("partial_rotary_factor", data.get("partial_rotary_factor", 1)) != 1:
         raise ValueError("partial_rotary_factor: rotary positions on a part of a head are not Llama's")
     theta = rope.get("rope_theta", data.get("rope_theta", 10000.0))
+    for name, value in (("rope_theta", theta), ("rms_norm_eps", data.get("rms_norm_eps", 1e-6))):
+        if not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{name}: got {value!r}; a positive number is accepted")
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     chosen = {f.name: data[f.name] for f in fields(LlamaConfig) if data.get(f.name) is not None}
     chosen["rope_theta"] = float(theta)

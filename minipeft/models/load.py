@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import backend, nn
+from .. import backend
 from ..files import read_json, write_json
 from .checkpoint import StoredTensor, open_directory, write_safetensors
 from .download import smollm2_file
@@ -135,11 +135,15 @@ def _fill(model: Llama, tensors: dict[str, StoredTensor], path: Path) -> None:
         unused.add("lm_head.weight")  # a second copy of the embeddings
     missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys() - unused
     if missing or extra:
-        raise ValueError(
-            f"{path}: tensors missing: {nn._some(missing)}; not in a model of this config: {nn._some(extra)}"
-        )
+        raise ValueError(f"{path}: tensors missing: {_few(missing)}; not in a model of this config: {_few(extra)}")
     for name, parameter in own.items():
         if tensors[name].shape != parameter.shape:
             raise ValueError(f"{path}: {name} has shape {tensors[name].shape}, by the config it is {parameter.shape}")
     for name, parameter in own.items():
         parameter.data = tensors[name].read().astype(parameter.dtype)  # a copy in any case: the file may go
+
+
+def _few(names: set[str]) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(sorted(names)[:4]) + more if names else "none"
