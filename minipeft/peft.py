@@ -17,6 +17,7 @@ from .backend import Array, generator
 from .methods.base import AdapterLayer, Method
 from .methods.lora import LoraLinear
 from .nn import Module, Parameter, assign
+from .quant.linear import QuantizedLinear
 from .targets import Plan, SavedModule
 
 
@@ -265,11 +266,17 @@ class PeftModel(Module):
         """Add the adapters' ΔW to the weights (the active ones when left out): forward costs what the base costs.
 
         Raises:
-            ValueError: adapters are merged already, or a name does not exist.
+            ValueError: adapters are merged already, a name does not exist, or weights are held as codes.
         """
         names = self._existing("merge_adapter", self.active_adapters if adapter_names is None else adapter_names)
         if self.merged_adapters:
             raise ValueError(f"merge_adapter: {self.merged_adapters} are merged already; call unmerge_adapter() first")
+        coded = [name for name, layer in self.adapter_layers() if isinstance(layer.base_layer, QuantizedLinear)]
+        if coded:
+            raise ValueError(
+                f"merge_adapter: {len(coded)} layers hold their weights as codes ({coded[0]!r} …); call "
+                "quant.dequantize_model(model) first, and quant.quantize_model after if they are to be codes again"
+            )
         for _, layer in self.adapter_layers():
             layer.merge(names)
 
@@ -321,8 +328,9 @@ class PeftModel(Module):
     # counting
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(elements that train, all elements)."""
+        """(elements that train, all elements). A weight held as codes counts with the elements it stands for."""
         sizes = [(p.size, p.requires_grad) for p in self.parameters()]
+        sizes += [(m.weight.size, False) for m in self.modules() if isinstance(m, QuantizedLinear)]
         return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
     def print_trainable_parameters(self) -> None:

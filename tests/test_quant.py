@@ -157,7 +157,7 @@ def test_the_fast_version_gives_what_the_definition_gives(kind: str, quant_type:
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "nf3", "dynamic"])
-@pytest.mark.parametrize("n", [blocks.PART - 1, blocks.PART, blocks.PART + 1, 3 * blocks.PART + 100])
+@pytest.mark.parametrize("n", [blocks.PART - 1, blocks.PART, blocks.PART + 1, 9 * blocks.PART + 100])
 def test_long_arrays_worked_in_parts_give_what_the_blocks_give_alone(quant_type: str, n: int):
     W = quant_cases.weights("normal", (n,))
     quantize = quant.quantize_int8 if quant_type == "dynamic" else lambda w, b: quant.quantize(w, quant_type, b)

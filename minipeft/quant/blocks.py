@@ -19,12 +19,12 @@ quietly = np.errstate(invalid="ignore", over="ignore", divide="ignore")
 PART = 1 << 16  # elements: 256 KiB of float32, which the second-level cache holds with what is made of them
 
 
-def in_parts(work: Callable[[int, int], None], n: int, xp: object, blocksize: int) -> None:
+def in_parts(work: Callable[[int, int], None], n: int, xp: object, blocksize: int, part: int = PART) -> None:
     """Call work(start, stop) on parts of 0 … n, over all threads: NumPy releases the GIL while it computes.
 
-    The parts are whole blocks. On a device there is one part.
+    The parts are whole blocks of about `part` elements. On a device there is one part.
     """
-    length = max(1, PART // blocksize) * blocksize
+    length = max(1, part // blocksize) * blocksize
     if xp is not np or n <= length:
         if n:
             work(0, n)

