@@ -12,13 +12,13 @@ import numpy as np
 from .. import data, optim
 from ..methods.lora import LoraConfig
 from ..models import load_base
+from ..models.pretrain import accuracy
 from ..nn import Module
 from ..peft import get_peft_model
-from ..tensor import no_grad
 from ..train import History, Progress, fit
 
 STEPS, BATCH = 200, 64
-LEARNING_RATE = {"full": 1e-3, "lora": 5e-3}
+LEARNING_RATE = {"full": 3e-3, "lora": 5e-3}  # the best on the validation digits, of 1, 3, 6 and 5, 10, 20 ·1e-3
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,6 @@ class Run:
     movement: list[float]
     frozen_gradients: int
     accuracy: tuple[float, float]
-
-
-def accuracy(model: Module, x: Any, y: Any) -> float:
-    """The share of x whose largest logit is y's."""
-    with no_grad():
-        return float((model(x).data.argmax(axis=1) == y).mean())
 
 
 @functools.cache
