@@ -14,7 +14,7 @@ from minipeft.measure import memory_report
 from minipeft.methods.lora import LoraConfig, lora_linear
 from minipeft.models import load_base
 from minipeft.peft import get_peft_model
-from minipeft.quant import Linear4bit, Linear8bit, QuantizedLinear
+from minipeft.quant import Linear4bit, Linear8bit, QuantizedLinear, blocks
 from minipeft.tensor import Held, Tensor
 
 EPS = np.finfo(np.float32).eps
@@ -91,6 +91,13 @@ def test_what_the_weight_tells_of_itself_is_the_full_weights():
     assert "nf4" in repr(layer)
 
 
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every further thread takes 1 MiB for its look-ups."""
+    monkeypatch.setattr(blocks, "available_cpus", lambda: 1)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_backward_makes_no_gradient_of_the_weight_and_at_most_one_full_weight_exists():
     """Four layers of 1024 × 1024 (4 MiB each in float32): one buffer, and no gradient of a weight."""
     layers = [Linear4bit.from_linear(linear(1024, 1024, bias=False)) for _ in range(4)]
@@ -101,9 +108,10 @@ def test_backward_makes_no_gradient_of_the_weight_and_at_most_one_full_weight_ex
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     weight = 1024 * 1024 * 4
-    assert weight <= peak < 1.9 * weight  # the buffer, and 1 MiB of work for each of two threads
+    assert weight <= peak < 1.5 * weight  # the buffer and 1 MiB of work
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_buffer_is_used_again():
     layer, x = Linear4bit.from_linear(linear(1024, 1024)), inputs(1, 1024)
     layer(x)
@@ -111,7 +119,7 @@ def test_the_buffer_is_used_again():
     layer(x)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1024 * 1024 * 4
+    assert peak < 0.5 * 1024 * 1024 * 4
 
 
 def test_other_dtypes_and_widths_are_refused():
