@@ -10,7 +10,9 @@ from references import quant_cases
 
 from minipeft import files, quant
 from minipeft.backend import to_numpy
+from minipeft.models import load_base
 from minipeft.quant.state import from_state_tensors, state_tensors
+from minipeft.tensor import Tensor
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
@@ -151,3 +153,37 @@ def test_a_state_that_does_not_fit_is_refused(changes, message):
 def test_a_name_without_a_state_is_refused():
     with pytest.raises(ValueError, match=r"^tensors: 0 names begin with 'bias.quant_state.'; exactly one"):
         from_state_tensors(state_tensors(quantized()), "bias")
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ["nf4", "fp4", "nf3", "int8"])
+def test_a_model_with_codes_is_saved_and_loaded_into_a_plain_model(tmp_path, code):
+    model = quant.quantize_model(load_base("mlp"), code)
+    files.write_tensors(tmp_path / "model.safetensors", quant.quantized_state_dict(model))
+    tensors, _ = files.read_tensors(tmp_path / "model.safetensors")
+    again = quant.load_quantized_state_dict(load_base("mlp"), tensors)
+    x = Tensor(np.random.default_rng(0).random((5, 64), np.float32))
+    np.testing.assert_array_equal(again(x).data, model(x).data)
+    assert type(again.get_submodule("fc1")) is type(model.get_submodule("fc1"))
+    onto_codes = quant.load_quantized_state_dict(quant.quantize_model(load_base("mlp")), tensors)
+    np.testing.assert_array_equal(onto_codes(x).data, model(x).data)
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing():
+    tensors = quant.quantized_state_dict(quant.quantize_model(load_base("mlp")))
+    model = load_base("mlp")
+    before = {name: value.copy() for name, value in model.state_dict().items()}
+    other = state_tensors(quantized(shape=(128, 63)), "fc1.weight")
+    for damaged, message in (
+        ({key: value for key, value in tensors.items() if key != "fc1.bias"}, r"missing \['fc1.bias'\]"),
+        (tensors | {"fc9.bias": np.zeros(3)}, r"not in the model \['fc9.bias'\]"),
+        (tensors | state_tensors(quantized(), "fc9.weight"), r"no module 'fc9'"),
+        (tensors | other, r"^fc1.weight: saved with shape \(128, 63\), the model's is \(128, 64\)"),
+        (tensors | {"fc1.bias": np.zeros(3, np.float32)}, r"fc1.bias has shape \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quant.load_quantized_state_dict(model, damaged)
+    assert all(np.array_equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.state_dict().keys() == before.keys()

@@ -13,7 +13,7 @@ from .linear import (
     quantized_linear,
     release_buffers,
 )
-from .model import dequantize_model, quantize_model
+from .model import dequantize_model, load_quantized_state_dict, quantize_model, quantized_state_dict
 from .nf4 import (
     QuantizedTensor,
     bits_per_parameter,
@@ -42,6 +42,7 @@ __all__ = [
     "from_state_tensors",
     "is_quantized",
     "llm_int8",
+    "load_quantized_state_dict",
     "nf4_table",
     "normal_float_steps",
     "normal_float_table",
@@ -52,6 +53,7 @@ __all__ = [
     "quantize_nf4",
     "quantize_rows",
     "quantized_linear",
+    "quantized_state_dict",
     "release_buffers",
     "state_tensors",
     "uniform_table",

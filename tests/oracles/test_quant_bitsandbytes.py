@@ -16,9 +16,10 @@ pytest.importorskip("bitsandbytes")
 import bitsandbytes.functional as bnb  # noqa: E402
 
 from minipeft import quant  # noqa: E402
+from minipeft.files import read_tensors, write_tensors  # noqa: E402
+from minipeft.models.load import load_model  # noqa: E402
 from minipeft.quant import blocks, codes  # noqa: E402
 from minipeft.quant.int8 import int8_matmul  # noqa: E402
-from minipeft.quant.nf4 import block_maxima  # noqa: E402
 from minipeft.quant.state import from_state_tensors, state_tensors  # noqa: E402
 
 SHAPES = [(1,), (2,), (64,), (65,), (4097,), (33, 65), (3, 100), (64, 64), (2, 3, 64)]
@@ -211,33 +212,56 @@ def test_bitsandbytes_reads_what_is_written_here_and_the_other_way_round(quant_t
     assert bits(quant.dequantize(again)) == bits(quant.dequantize(q))
 
 
-def test_a_checkpoint_of_transformers_and_bitsandbytes_is_read_here(tmp_path):
+@pytest.fixture(scope="module")
+def four_bit_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """A small Llama in NF4 by transformers and bitsandbytes, and the directories of the full one and of the codes."""
     transformers = pytest.importorskip("transformers")
-    from minipeft.files import read_tensors
-
+    directory = tmp_path_factory.mktemp("llama")
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
     )
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "full")
-    model = transformers.LlamaForCausalLM.from_pretrained(
-        tmp_path / "full",
-        device_map="cpu",
-        dtype=torch.float32,
-        quantization_config=transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-        ),
+    transformers.LlamaForCausalLM(config).save_pretrained(directory / "full")
+    options = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
-    model.save_pretrained(tmp_path / "codes")
-    tensors, _ = read_tensors(tmp_path / "codes" / "model.safetensors")
-    names = [name for name in tensors if quant.is_quantized(tensors, name)]
-    assert len(names) == 7  # four of attention, three of the MLP
-    full, _ = read_tensors(tmp_path / "full" / "model.safetensors")
-    for name in names:
-        read = from_state_tensors(tensors, name)
-        module = model.get_submodule(name.removesuffix(".weight"))
-        expected = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        np.testing.assert_array_equal(quant.dequantize(read), expected.numpy())
-        made_here = quant.double_quantize(quant.quantize_nf4(full[name]))
-        assert bits(made_here.codes) == bits(read.codes)
-        assert bits(block_maxima(made_here)) == bits(block_maxima(read))
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        directory / "full", device_map="cpu", dtype=torch.float32, quantization_config=options
+    )
+    model.save_pretrained(directory / "codes")
+    return model, directory / "full", directory / "codes"
+
+
+def test_a_checkpoint_of_transformers_and_bitsandbytes_is_read_here(four_bit_llama):
+    model, full, codes = four_bit_llama
+    tensors, _ = read_tensors(codes / "model.safetensors")
+    assert sum(quant.is_quantized(tensors, name) for name in tensors) == 7  # four of attention, three of the MLP
+    ours = quant.load_quantized_state_dict(load_model(full), tensors)
+    layers = [(name, m) for name, m in ours.named_modules() if isinstance(m, quant.Linear4bit)]
+    assert len(layers) == 7
+    for name, layer in layers:
+        weight = model.get_submodule(name).weight
+        np.testing.assert_array_equal(layer.weight.data, bnb.dequantize_4bit(weight.data, weight.quant_state).numpy())
+    ids = np.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    # Where the CPU can, bitsandbytes multiplies in bfloat16, which has eight bits: 2⁻⁸ of logits below 1.
+    np.testing.assert_allclose(ours(ids).data, expected, atol=2**-8)
+
+
+def test_codes_made_here_are_those_of_transformers_and_bitsandbytes(four_bit_llama):
+    _, full, codes = four_bit_llama
+    theirs, _ = read_tensors(codes / "model.safetensors")
+    ours = quant.quantized_state_dict(quant.quantize_model(load_model(full)))
+    assert {key: bits(value) for key, value in ours.items()} == {key: bits(value) for key, value in theirs.items()}
+
+
+def test_a_checkpoint_written_here_is_read_by_transformers_and_bitsandbytes(four_bit_llama, tmp_path):
+    model, full, codes = four_bit_llama
+    ours = quant.quantize_model(load_model(full))
+    write_tensors(tmp_path / "model.safetensors", quant.quantized_state_dict(ours), {"format": "pt"})
+    (tmp_path / "config.json").write_text((codes / "config.json").read_text())
+    again = type(model).from_pretrained(tmp_path, device_map="cpu", dtype=torch.float32)
+    ids = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        np.testing.assert_array_equal(again(ids).logits.numpy(), model(ids).logits.numpy())
