@@ -414,6 +414,8 @@ def test_double_quantization_refuses_what_it_cannot_code():
         quant.double_quantize(quant.double_quantize(q))
     with pytest.raises(ValueError, match=r"^blocksize: got 0; an int of at least 1"):
         quant.double_quantize(q, blocksize=0)
+    with pytest.raises(ValueError, match=r"^threads: got 0; None or at least 1"):
+        quant.double_quantize(q, threads=0)
     huge = quant.quantize_nf4(np.full(128, 3e38, np.float32))
     with pytest.raises(ValueError, match=r"^q: the sum of its block maxima is beyond"):
         quant.double_quantize(huge)

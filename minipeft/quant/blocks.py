@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import backend
 from ..backend import Array, get_namespace
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # No warnings for NaN and infinity on the way to `check_finite`; a decorator, since threads do not inherit the setting.
@@ -53,6 +55,8 @@ def available_cpus() -> int:
 @functools.cache
 def _pool(process: int) -> ThreadPoolExecutor:
     """Worker threads. One pool a process: a fork takes the object along but not its threads."""
+    from concurrent.futures import ThreadPoolExecutor  # imported here: it would cost every `import minipeft` 5 ms
+
     return ThreadPoolExecutor(available_cpus(), thread_name_prefix="minipeft-quant")
 
 

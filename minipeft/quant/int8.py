@@ -13,8 +13,8 @@ from .. import backend
 from ..backend import Array, get_namespace
 from . import blocks
 from .blocks import check_blocksize, check_finite, flat_floats, quietly
+from .blockwise import QuantizedTensor, quantize
 from .codes import dynamic_table
-from .nf4 import QuantizedTensor, quantize
 
 # --- blockwise --------------------------------------------------------------------------------------------------------
 

@@ -1,94 +1,33 @@
-"""Blockwise quantization: NF4, FP4 and other codes, and double quantization. Dettmers et al. 2023 (QLoRA), section 3.
+"""NF4, FP4 and double quantization: what QLoRA holds weights in. Dettmers et al. 2023, section 3.
 
-    block b of W:   cᵇ = max |Wᵇ|,   code = nearest(table, Wᵇ / cᵇ),   dequant = cᵇ · table[code]        (eq. 1 and 2)
-
-Bit for bit what bitsandbytes 0.50 computes on a CPU, its roundings included: full blocks are multiplied by 1/c, a last
-block that is not full is divided by c; c counts as 1e-38 where it is smaller (and in a last block is stored so).
+The table is derived in codes.py, the blocks are worked in blockwise.py, the second level's 8-bit code is in int8.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
-
-from .. import backend
 from ..backend import Array, get_namespace
 from . import blocks
-from .blocks import check_blocksize, check_finite, flat_floats, quietly
-from .codes import bits_of, fp4_table, midpoints, nf4_table, pack, table_of, unpack
+from .blocks import quietly
+from .blockwise import QuantizedTensor, bits_per_parameter, block_maxima, dequantize, quantize
+from .codes import fp4_table, nf4_table
+from .int8 import dynamic_codes, llm_int8, quantize_int8
 
 __all__ = [
     "QuantizedTensor",
     "bits_per_parameter",
+    "block_maxima",
     "dequantize",
     "double_quantize",
     "fp4_table",
+    "llm_int8",
     "nf4_table",
     "quantize",
     "quantize_fp4",
+    "quantize_int8",
     "quantize_nf4",
 ]
-
-SMALLEST = 1e-38
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedTensor:
-    """A tensor as codes. Immutable; `dequantize` gives the numbers.
-
-    Attributes:
-        codes: the packed codes, (⌈size·bits/8⌉,) uint8 (see `codes.pack`).
-        absmax: the largest magnitude of each block, (⌈size/blocksize⌉,) float32; after `double_quantize` its
-            codes, uint8.
-        blocksize: elements a block, counted over the flattened tensor.
-        shape, dtype: of the tensor.
-        quant_type: the table's name: "nf4", "fp4", "nf3", "int8" …
-        offset, nested_absmax, nested_blocksize: of double quantization: the mean that was taken from the block maxima
-            (float32, no axes), the largest magnitude of each block of what was left, and that block's length.
-    """
-
-    codes: Array
-    absmax: Array
-    blocksize: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    quant_type: str
-    offset: Array | None = None
-    nested_absmax: Array | None = None
-    nested_blocksize: int | None = None
-
-    @property
-    def table(self) -> Array:
-        """The numbers that the codes stand for, float32, where the codes are."""
-        return backend.move(table_of(self.quant_type), get_namespace(self.codes))
-
-    @property
-    def size(self) -> int:
-        """The number of elements of the tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def nested(self) -> bool:
-        """Whether the block maxima are quantized too."""
-        return self.nested_absmax is not None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales; the tables, which all tensors share, do not count."""
-        return sum(x.nbytes for x in (self.codes, self.absmax, self.nested_absmax, self.offset) if x is not None)
-
-    def to(self, device: Any = None, dtype: Any = None) -> QuantizedTensor:
-        """The same codes on another device, or dequantized to another dtype from now on."""
-        arrays = ("codes", "absmax", "offset", "nested_absmax") if device is not None else ()
-        moved = {name: backend.move(getattr(self, name), device) for name in arrays if getattr(self, name) is not None}
-        return replace(self, dtype=np.dtype(dtype or self.dtype), **moved)
-
-    def __deepcopy__(self, memo: dict) -> QuantizedTensor:
-        return self  # nothing in it ever changes
 
 
 def quantize_nf4(W: Array, blocksize: int = 64) -> QuantizedTensor:
@@ -106,130 +45,6 @@ def quantize_fp4(W: Array, blocksize: int = 64) -> QuantizedTensor:
     return quantize(W, "fp4", blocksize)
 
 
-def quantize(W: Array, quant_type: str = "nf4", blocksize: int = 64) -> QuantizedTensor:
-    """W in any code of `codes.table_of`: "nf4", "fp4", "nf2" … "nf8", "int2" … "int8". Raises as `quantize_nf4`."""
-    check_blocksize(blocksize)
-    flat = flat_floats("W", W)
-    table = table_of(quant_type)
-    order = np.argsort(table, kind="stable")  # FP4's bit patterns do not ascend
-    code_of = _ascending_codes(midpoints(table[order]))
-    xp, bits, n = get_namespace(flat), bits_of(table), flat.size
-    full = n - n % blocksize
-    absmax = xp.empty(-(-n // blocksize), xp.float32)
-    packed = xp.empty(-(-n * bits // 8), xp.uint8)
-    ascending = bool((order == np.arange(len(order))).all())
-    ranks = None if ascending else xp.asarray(order.astype(np.uint8))
-
-    def codes_of(scaled: Array) -> Array:
-        codes = code_of(scaled)
-        return codes if ranks is None else ranks[codes]
-
-    @quietly
-    def quantize_part(start: int, stop: int) -> None:
-        w = flat[start:stop].reshape(-1, blocksize).astype(xp.float32, copy=False)
-        scaled = xp.abs(w)
-        largest = scaled.max(axis=1)
-        absmax[start // blocksize : stop // blocksize] = largest
-        xp.multiply(w, (1 / xp.maximum(largest, xp.float32(SMALLEST)))[:, None], out=scaled)
-        packed[start * bits // 8 : stop * bits // 8] = pack(codes_of(scaled.reshape(-1)), bits)
-
-    @quietly
-    def quantize_rest() -> None:
-        w = flat[full:].astype(xp.float32)
-        absmax[-1:] = xp.maximum(xp.abs(w).max(), xp.float32(SMALLEST))
-        scaled = w / absmax[-1:]
-        if bits == 4 and n % 2:  # the nibble that is left over holds the code of 0
-            scaled = xp.concatenate([scaled, xp.zeros(1, xp.float32)])
-        packed[full * bits // 8 :] = pack(codes_of(scaled), bits)
-
-    blocks.in_parts(quantize_part, full, xp, blocksize)
-    if full < n:
-        quantize_rest()
-    check_finite("W", absmax)
-    return QuantizedTensor(packed, absmax, blocksize, tuple(W.shape), np.dtype(W.dtype), quant_type)
-
-
-def _ascending_codes(bounds: np.ndarray) -> Callable[[Array], Array]:
-    """A function from scaled values to codes: how many of the bounds lie below the value."""
-    if len(bounds) > 15:
-
-        def search(scaled: Array) -> Array:
-            xp = get_namespace(scaled)
-            return xp.searchsorted(backend.move(bounds, xp), scaled).astype(xp.uint8)
-
-        return search
-    first, *others = bounds.tolist()
-
-    def count(scaled: Array) -> Array:
-        # Fifteen comparisons of vectors, summed, take a quarter of the time of searchsorted's four branches.
-        xp = get_namespace(scaled)
-        codes = xp.greater(scaled, first).view(xp.uint8)
-        above = xp.empty(scaled.shape, bool)
-        for bound in others:
-            xp.greater(scaled, bound, out=above)
-            codes += above.view(xp.uint8)
-        return codes
-
-    return count
-
-
-def dequantize(q: QuantizedTensor, out: Array | None = None) -> Array:
-    """c · table[code], in q's shape and dtype. Dettmers et al. 2023, eq. 2.
-
-    The product is formed in float32 and rounded once to the dtype.
-
-    Args:
-        out: write into this array, of q's size and dtype and contiguous, instead of a new one.
-
-    Raises:
-        ValueError: `out` does not fit.
-    """
-    xp = get_namespace(q.codes)
-    if out is None:
-        out = xp.empty(q.shape, q.dtype)
-    elif out.size != q.size or out.dtype != q.dtype or not out.flags.c_contiguous:
-        raise ValueError(f"out: got {out.shape} {out.dtype}; a contiguous array of {q.size} × {q.dtype} is accepted")
-    absmax, table, bits, blocksize, n = block_maxima(q), q.table, bits_of(q.table), q.blocksize, q.size
-    flat, full = out.reshape(-1), n - n % blocksize
-    read = _pairs(table) if bits == 4 else table
-
-    def dequantize_part(start: int, stop: int) -> None:
-        part = flat[start:stop]
-        packed = q.codes[start * bits // 8 : -(-stop * bits // 8)]
-        if bits == 4 and part.size % 2 == 0:
-            direct = part if part.dtype == xp.float32 else xp.empty(part.shape, xp.float32)
-            blocks.take(read, packed, direct.view(xp.float64))
-        else:
-            direct = table[unpack(packed, bits, stop - start)]
-        scale = absmax[start // blocksize : -(-stop // blocksize), None]
-        length = min(blocksize, stop - start)
-        xp.multiply(direct.reshape(-1, length), scale, out=part.reshape(-1, length), casting="same_kind")
-
-    # Four parts' worth at a time: only `out` is written, and fewer hand-overs between threads took a quarter off.
-    blocks.in_parts(dequantize_part, full, xp, blocksize, 4 * blocks.PART)
-    if full < n:
-        dequantize_part(full, n)
-    return out.reshape(q.shape)
-
-
-def _pairs(table: Array) -> Array:
-    """For every byte its two numbers, as one 8-byte element: half the look-ups, and none of the shifts."""
-    xp = get_namespace(table)
-    table = xp.concatenate([table, xp.zeros(16 - len(table), table.dtype)])  # INT4 has 15 numbers
-    pairs = xp.stack([xp.repeat(table, 16), xp.concatenate([table] * 16)], axis=1)  # (256, 2): high nibble, low nibble
-    return xp.ascontiguousarray(pairs).view(xp.float64).reshape(-1)
-
-
-def block_maxima(q: QuantizedTensor) -> Array:
-    """The float32 block maxima that `dequantize` uses; of a double-quantized tensor table[code]·c₂ + offset."""
-    if not q.nested:
-        return q.absmax
-    xp = get_namespace(q.codes)
-    table = backend.move(table_of("dynamic"), xp)
-    scales = xp.repeat(q.nested_absmax, q.nested_blocksize)[: q.absmax.size]
-    return table[q.absmax] * scales + q.offset
-
-
 def double_quantize(q: QuantizedTensor, blocksize: int = 256, threads: int | None = None) -> QuantizedTensor:
     """q with its block maxima quantized to 8 bits: their mean is taken off, the rest coded in blocks of its own.
 
@@ -242,21 +57,17 @@ def double_quantize(q: QuantizedTensor, blocksize: int = 256, threads: int | Non
             of threads; bitsandbytes' result is met for this number. None: as many as PyTorch uses here by itself.
 
     Raises:
-        ValueError: the maxima are quantized already, or their sum is beyond float32's range; a blocksize below 1.
+        ValueError: the maxima are quantized already, or their sum is beyond float32's range; blocksize or threads below
+            1.
     """
-    from .int8 import dynamic_codes  # int8.py stands on this file
-
     if q.nested:
         raise ValueError("q: its block maxima are quantized already; dequantize and quantize anew to change them")
     if not isinstance(blocksize, int) or blocksize < 1:
         raise ValueError(f"blocksize: got {blocksize!r}; an int of at least 1 is accepted")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: got {threads!r}; None or at least 1 is accepted")
     offset = quietly(blocks.torch_mean)(q.absmax, threads)
     if not get_namespace(offset).isfinite(offset):
         raise ValueError("q: the sum of its block maxima is beyond float32's range; smaller weights are accepted")
     codes, nested_absmax = dynamic_codes(q.absmax - offset, blocksize)
     return replace(q, absmax=codes, offset=offset, nested_absmax=nested_absmax, nested_blocksize=blocksize)
-
-
-def bits_per_parameter(q: QuantizedTensor) -> float:
-    """Bits an element from the bytes of the arrays: NF4 in blocks of 64 takes 4.5, double-quantized 4.127."""
-    return 8 * q.nbytes / q.size

@@ -18,8 +18,8 @@ import numpy as np
 from .. import backend
 from ..backend import Array, get_namespace
 from .blocks import BLOCKSIZES
+from .blockwise import QuantizedTensor
 from .codes import bits_of, dynamic_table, table_of
-from .nf4 import QuantizedTensor
 
 TABLE_TOLERANCE = 1e-6  # PyTorch's versions differ in the last bits of the dynamic table
 
