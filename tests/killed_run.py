@@ -10,7 +10,7 @@ import numpy as np
 
 from minipeft import LoraConfig, Tensor, fit, get_peft_model, nn, optim
 
-STEPS = 150
+STEPS = 600
 
 
 def build(kind):

@@ -165,6 +165,8 @@ def test_all_linear_leaves_out_what_is_saved_whole():
     model = get_peft_model(Net(), LoraConfig(r=2, modules_to_save=["fc"]))
     assert [name for name, _ in model.adapter_layers()] == LINEARS[1:]
     assert isinstance(model.fc, SavedModule)
+    model = get_peft_model(Net(), LoraConfig(r=2, modules_to_save=["layers.1"]))
+    assert [name for name, _ in model.adapter_layers()] == LINEARS[:3]
 
 
 @pytest.mark.parametrize(
@@ -308,6 +310,18 @@ def test_training_touches_nothing_but_what_trains(options):
     for name, p in model.named_parameters():
         assert (p.data.tobytes() != before[name]) == (name in names), name
         assert (p.grad is not None) == (name in names), name  # no gradient of W ever exists
+
+
+@pytest.mark.parametrize("init", OFFSET_INITS)
+def test_what_the_start_took_from_the_weights_comes_back_after_training(init):
+    """The start is kept apart from the factors, which the optimizer changes in place."""
+    weights = {n: a.copy() for n, a in Net().state_dict().items()}
+    model = get_peft_model(Net(), LoraConfig(r=2, init_lora_weights=init))
+    train(model)
+    with model.disable_adapter():
+        np.testing.assert_allclose(outputs(model), outputs(Net()), **SAME)
+    for name, a in model.unload().state_dict().items():
+        np.testing.assert_allclose(a, weights[name], **SAME)
 
 
 def test_gradients_of_an_earlier_training_are_gone():

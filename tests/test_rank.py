@@ -190,6 +190,8 @@ def test_matrix_rank_counts_what_is_above_the_tolerance():
     W = np.diag([1.0, 1e-3, 1e-6])
     assert [rank.matrix_rank(W, tol=t) for t in (2.0, 0.1, 1e-4, 1e-9)] == [0, 1, 2, 3]
     assert rank.matrix_rank(np.zeros((3, 3))) == 0
+    for small, expected in ((1e-14, 2), (1e-16, 1)):  # left out, it is 2 · ε = 4.4e-16 here
+        assert rank.matrix_rank(np.diag([1.0, small])) == expected
 
 
 def test_a_low_rank_update_has_at_most_rank_r():

@@ -496,7 +496,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(kin
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "started\n"
         if kills < 5:
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.1))
             process.kill()
         rest = process.communicate()[0]
         if process.returncode == 0:
