@@ -42,6 +42,9 @@ verify: $(VENV)/.base
 	$(BIN)/minipeft train --model vit --method lora
 	$(BIN)/minipeft verify
 
+# The tests' matrices are small: threads would only wait for each other, for minutes where other programs run.
+test oracles: export OPENBLAS_NUM_THREADS ?= 1
+
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --ignore=tests/oracles
 

@@ -182,6 +182,19 @@ def thread_problem(threads: int | None, cpus: int, settings: Mapping[str, str]) 
     return finding, f"unset {' '.join(given)}" if given else f"export OPENBLAS_NUM_THREADS={cpus}"
 
 
+def contention_problem(gflops: Mapping[int, float]) -> tuple[str, str] | None:
+    """(finding, remedy) when more threads multiply slower than one, else None.
+
+    OpenBLAS's threads wait for each other by spinning. On two processors that other programs kept busy, a product of
+    (64, 128) by (128, 128) took 9 ms on average with two threads and 0.06 ms with one.
+    """
+    threads = max(gflops)
+    if threads < 2 or gflops[threads] > gflops.get(1, 0):
+        return None
+    speeds = f"{threads} threads reach {gflops[threads]:.0f} GFLOP/s, one reaches {gflops[1]:.0f}"
+    return f"{speeds}: other programs keep the processors busy", "export OPENBLAS_NUM_THREADS=1"
+
+
 # --- how fast ---------------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +251,7 @@ def report(n: int = 1024, megabytes: int = 128, seconds: float = 0.3) -> DoctorR
         finally:
             blas.set_threads(blas.threads)
     gflops[blas.threads or 0] = speed = matmul_gflops(n, seconds)
-    problems = [thread_problem(blas.threads, machine["cpus"], settings)]
+    problems = [contention_problem(gflops), thread_problem(blas.threads, machine["cpus"], settings)]
     higher = higher_kernel(blas.kernel, cpu_info()[1])
     higher_speed = gflops_with(higher, n, seconds) if higher else None
     if blas.kernel and higher and higher_speed:

@@ -81,6 +81,17 @@ def test_threads_that_fit_or_are_unknown_are_no_problem(threads: int | None):
     assert doctor.thread_problem(threads, 2, {}) is None
 
 
+def test_threads_that_wait_for_each_other_are_a_problem():
+    finding, remedy = doctor.contention_problem({1: 51.0, 2: 30.0})
+    assert "2 threads reach 30 GFLOP/s, one reaches 51" in finding
+    assert remedy == "export OPENBLAS_NUM_THREADS=1"
+
+
+@pytest.mark.parametrize("gflops", [{1: 100.0, 2: 199.0}, {1: 100.0}, {0: 100.0}])
+def test_threads_that_help_or_are_unknown_are_no_problem(gflops: dict[int, float]):
+    assert doctor.contention_problem(gflops) is None
+
+
 def test_the_report_has_measured_speeds_and_leaves_the_threads_as_they_were():
     before = doctor.find_blas().threads
     found = doctor.report(n=64, megabytes=1, seconds=0.001)
