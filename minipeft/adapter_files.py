@@ -38,7 +38,17 @@ def read_adapter(path: str | os.PathLike) -> tuple[Any, dict[str, Array]]:
     if not (directory / "adapter_model.safetensors").exists() and (directory / "adapter_model.bin").exists():
         raise ValueError(f"{directory}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
     values, _ = files.read_tensors(directory / "adapter_model.safetensors")
-    return CONFIGS[kind].from_dict(data), {name: a for name, a in values.items() if not _is_repeated(name)}
+    values = {name: a for name, a in values.items() if not _is_repeated(name)}
+    return _with_used_targets(CONFIGS[kind].from_dict(data), values), values
+
+
+def _with_used_targets(config: Any, values: dict[str, Array]) -> Any:
+    """The config without target names that no tensor is for: PEFT passes over names that its model does not have."""
+    if isinstance(config.target_modules, str):
+        return config
+    adapted = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in values if ".lora_" in name}
+    used = [target for target in config.target_modules if any(f".{name}".endswith(f".{target}") for name in adapted)]
+    return replace(config, target_modules=used or config.target_modules)
 
 
 def _is_repeated(name: str) -> bool:

@@ -972,6 +972,13 @@ def test_tensors_that_peft_writes_twice_are_passed_over(adapter):
     np.testing.assert_array_equal(outputs(PeftModel.from_pretrained(Net(), adapter)), expected)
 
 
+def test_targets_that_the_file_has_no_tensors_for_are_passed_over(adapter):
+    """PEFT saves the names as they were given, also those that its model did not have."""
+    expected = outputs(PeftModel.from_pretrained(Net(), adapter))
+    edit_config(adapter, target_modules=["c_attn", "fc", "oj", "q_proj"])
+    np.testing.assert_array_equal(outputs(PeftModel.from_pretrained(Net(), adapter)), expected)
+
+
 def test_an_adapter_of_another_model_is_explained(adapter):
     base = MLP((5, 8, 3), rng=0)
     before = fingerprint(base)

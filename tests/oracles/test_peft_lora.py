@@ -126,6 +126,13 @@ def test_an_adapter_saved_by_peft_loads_here_with_the_same_outputs(tmp_path, con
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
+def test_an_adapter_that_named_modules_pefts_model_did_not_have_loads_here(tmp_path):
+    ours, theirs = base()
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["q_proj", "c_attn"]))
+    randomize(theirs).save_pretrained(tmp_path)
+    np.testing.assert_allclose(outputs(PeftModel.from_pretrained(ours, tmp_path)), outputs(theirs), **SAME)
+
+
 @settings(max_examples=10)
 @given(configs)
 def test_a_file_goes_through_both_libraries_and_comes_back_the_same(tmp_path, config):
