@@ -11,6 +11,7 @@ from references import quant_cases
 from minipeft import quant
 from minipeft.backend import to_numpy
 from minipeft.quant import blocks, codes, nf4
+from minipeft.tensor import Tensor
 
 FOUR_BIT = ("nf4", "fp4")
 ALL_TYPES = ("nf2", "nf3", "nf4", "nf8", "int2", "int3", "int4", "int8", "fp4")
@@ -386,10 +387,20 @@ class TestBadInput:
         with pytest.raises(TypeError, match=r"^W: expected an array of floats, got list"):
             quantize([1.0])
 
-    @pytest.mark.parametrize("blocksize", [0, -64, 1, 63, 65, 8192, 64.5, "64", None, True])
+    @pytest.mark.parametrize("blocksize", [0, -64, 1, 63, 65, 8192, 64.0, "64", None, True])
     def test_other_block_sizes_are_refused(self, quantize, blocksize):
         with pytest.raises(ValueError, match=r"^blocksize: got .* accepted are 32, 64, 128, .* 4096"):
             quantize(np.ones(64, np.float32), blocksize)
+
+
+def test_tensors_are_refused_and_the_array_in_them_is_named():
+    with pytest.raises(TypeError, match=r"^W: expected an array of floats, got Tensor; of a tensor pass its .data"):
+        quant.quantize_nf4(Tensor(np.ones(64, np.float32)))
+
+
+def test_integers_to_dequantize_to_are_refused():
+    with pytest.raises(TypeError, match=r"^dtype: got int32; a float dtype is accepted"):
+        quant.quantize_nf4(np.ones(64, np.float32)).to(dtype="int32")
 
 
 def test_unknown_names_are_refused():

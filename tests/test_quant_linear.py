@@ -17,8 +17,6 @@ from minipeft.peft import get_peft_model
 from minipeft.quant import Linear4bit, Linear8bit, QuantizedLinear, blocks
 from minipeft.tensor import Held, Tensor
 
-EPS = np.finfo(np.float32).eps
-
 
 def linear(out_features: int = 24, in_features: int = 40, bias: bool = True, dtype: str = "float32") -> nn.Linear:
     """A Linear with start values."""

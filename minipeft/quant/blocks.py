@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import backend
 from ..backend import Array, get_namespace
+from ..tensor import Tensor
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -65,14 +66,14 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 def check_blocksize(blocksize: Any) -> None:
     """ValueError unless it is one of `BLOCKSIZES`."""
-    if isinstance(blocksize, bool) or blocksize not in BLOCKSIZES:
+    if not isinstance(blocksize, int) or isinstance(blocksize, bool) or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: got {blocksize!r}; accepted are {', '.join(map(str, BLOCKSIZES))}")
 
 
 def flat_floats(argument: str, W: Any) -> Array:
     """W as a flat array; TypeError or ValueError unless it holds floats, at least one."""
-    if not hasattr(W, "dtype") or not hasattr(W, "reshape"):
-        raise TypeError(f"{argument}: expected an array of floats, got {type(W).__name__}")
+    if isinstance(W, Tensor) or not hasattr(W, "dtype") or not hasattr(W, "reshape"):
+        raise TypeError(f"{argument}: expected an array of floats, got {type(W).__name__}; of a tensor pass its .data")
     if not backend.is_float(W.dtype):
         raise TypeError(f"{argument}: expected float16, bfloat16, float32 or float64, got {W.dtype}")
     if not W.size:

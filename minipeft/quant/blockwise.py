@@ -72,6 +72,8 @@ class QuantizedTensor:
 
     def to(self, device: Any = None, dtype: Any = None) -> QuantizedTensor:
         """The same codes on another device, or dequantized to another dtype from now on."""
+        if dtype is not None and not backend.is_float(dtype):
+            raise TypeError(f"dtype: got {np.dtype(dtype)}; a float dtype is accepted")
         arrays = ("codes", "absmax", "offset", "nested_absmax") if device is not None else ()
         moved = {name: backend.move(getattr(self, name), device) for name in arrays if getattr(self, name) is not None}
         return replace(self, dtype=np.dtype(dtype or self.dtype), **moved)
@@ -177,7 +179,7 @@ def dequantize(q: QuantizedTensor, out: Array | None = None) -> Array:
             direct = table[unpack(packed, bits, stop - start)]
         scale = absmax[start // blocksize : -(-stop // blocksize), None]
         length = min(blocksize, stop - start)
-        xp.multiply(direct.reshape(-1, length), scale, out=part.reshape(-1, length), casting="same_kind")
+        xp.multiply(direct.reshape(-1, length), scale, out=part.reshape(-1, length), casting="unsafe")
 
     # Four parts' worth at a time: only `out` is written, and fewer hand-overs between threads took a quarter off.
     blocks.in_parts(dequantize_part, full, xp, blocksize, 4 * blocks.PART)

@@ -100,6 +100,22 @@ def test_four_bits_of_any_size_and_magnitude(shape, blocksize, quant_type, seed,
     check(W, quant_type, blocksize)
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_bfloat16(quant_type):
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    for shape in SHAPES:
+        W = quant_cases.weights("normal", shape).astype(bfloat16)
+        q = quant.quantize(W, quant_type, 64)
+        packed, state = bnb.quantize_4bit(
+            torch.from_numpy(W.view(np.int16)).view(torch.bfloat16), blocksize=64, quant_type=quant_type
+        )
+        state.shape = torch.Size([W.size])
+        assert bits(q.codes) == bits(packed.reshape(-1))
+        assert bits(q.absmax) == bits(state.absmax)
+        values = bnb.dequantize_4bit(packed, state).float().numpy().reshape(-1)
+        np.testing.assert_array_equal(quant.dequantize(q).reshape(-1).astype(np.float32), values)
+
+
 def test_a_large_matrix_whose_maxima_pytorch_sums_on_all_its_threads():
     W = quant_cases.weights("normal", (1500, 2048))  # 48,000 blocks
     check(W, "nf4", 64)
