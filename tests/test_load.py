@@ -360,7 +360,7 @@ def test_loading_a_gguf_never_holds_two_copies(tmp_path):
     load_model(tmp_path / "m.gguf")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < size + 3 * largest + 12_000_000  # what a tensor decodes to, its copy, a million elements on the way
+    assert peak < size + 2 * largest + 4_000_000  # what a tensor decodes to, its copy, some rows on the way
 
 
 # --- bad files --------------------------------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ def test_safetensors_with_a_wrong_header(tmp_path):
     assert write({"dtype": "F32", "shape": [16], "data_offsets": [0, 64]})["w"].read().shape == (16,)
     for entry, said in [
         ({"dtype": "F32", "shape": [4], "data_offsets": [0, 64]}, "damaged"),
-        ({"dtype": "F32", "shape": [16], "data_offsets": [-64, 0]}, "damaged"),
+        ({"dtype": "F32", "shape": [16], "data_offsets": [-64, 0]}, "not a whole"),
         ({"dtype": "I8", "shape": [64], "data_offsets": [0, 64]}, "I8; accepted are F64"),
         ({"dtype": "F32", "shape": [16]}, "not a whole"),
         ([], "not a whole"),
@@ -468,6 +468,28 @@ def test_a_gguf_cut_short_anywhere(tmp_path):
         path.write_bytes(data[:length])
         with pytest.raises(ValueError, match=r"m\.gguf: cut short"):
             load_model(path)
+
+
+@pytest.mark.parametrize("kind", ["gguf", "safetensors", "config"])
+def test_damage_anywhere_in_a_header_is_a_clear_error_or_harmless(tmp_path, kind):
+    """Bytes of the header are changed at random: what comes is a ValueError with the path, or a model."""
+    model, draw, errors = cases.llama("biases", "float32"), np.random.RandomState(0), []
+    save_model(model, tmp_path)
+    write_gguf(tmp_path / "m.gguf", model)
+    path = tmp_path / {"gguf": "m.gguf", "safetensors": "model.safetensors", "config": "config.json"}[kind]
+    data = path.read_bytes()
+    header = len(data) - sum(p.data.nbytes for p in model.parameters()) if kind != "config" else len(data)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for at in draw.randint(0, min(header, len(data)), draw.randint(1, 4)):
+            damaged[at] = draw.randint(256)
+        path.write_bytes(damaged)
+        try:
+            load_model(path if kind == "gguf" else tmp_path)
+        except ValueError as error:
+            errors.append(str(error))
+    assert len(errors) > 100
+    assert [error for error in errors if str(tmp_path) not in error] == []
 
 
 def test_a_file_that_is_no_gguf_or_of_another_version(tmp_path):

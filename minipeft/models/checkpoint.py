@@ -7,6 +7,7 @@ for every tensor its dtype, shape and place, then all values, row by row.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ class StoredTensor(NamedTuple):
 
 def map_file(path: Path, dtype: Any, offset: int, shape: tuple[int, ...]) -> np.ndarray:
     """A part of a file as an array whose values come into memory when they are looked at."""
-    return np.memmap(path, dtype, "r", offset, shape).view(np.ndarray) if np.prod(shape) else np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", offset, shape).view(np.ndarray) if math.prod(shape) else np.empty(shape, dtype)
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -47,12 +48,17 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"its header has {length} bytes, the file {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        places = {
-            name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()
-        }
+        places = {name: _place(entry) for name, entry in header.items()}
     except (ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
     return {name: _stored(path, name, 8 + length, size, *place) for name, place in places.items()}
+
+
+def _place(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError(f"shape {shape} at {start} to {end}")
+    return entry["dtype"], shape, start, end
 
 
 def _stored(
@@ -62,7 +68,7 @@ def _stored(
         raise ValueError(f"{path}: {name} is stored as {dtype}; accepted are {', '.join(DTYPES)}")
     if base + end > size:
         raise ValueError(f"{path}: cut short: {name} ends at byte {base + end}, the file has {size}; download it again")
-    if start < 0 or end - start != int(np.prod(shape)) * np.dtype(DTYPES[dtype]).itemsize:
+    if end - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
         raise ValueError(f"{path}: damaged: {name} of shape {shape} cannot be {end - start} bytes of {dtype}")
 
     def read() -> np.ndarray:

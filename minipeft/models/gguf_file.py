@@ -8,6 +8,7 @@ notices a file that is cut short. The quantized values are decoded by the packag
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,9 +69,11 @@ def open_gguf(path: Path) -> GGUF:
     places = {}
     for _ in range(tensors):
         name = header.string()
-        shape = tuple(header.number("Q") for _ in range(header.number("I")))[::-1]  # the fastest axis comes last here
+        shape = header.numbers(header.number("I"), "Q")[::-1]  # here the fastest axis comes last
         places[name] = shape, header.number("I"), header.number("Q")
     alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1 or not all(shape and min(shape) for shape, _, _ in places.values()):
+        raise ValueError(f"{path}: damaged: alignment {alignment!r}, or a tensor without elements")
     base = -(-header.at // alignment) * alignment
     return GGUF(path, metadata, {n: _stored(path, n, s, kind, base + at) for n, (s, kind, at) in places.items()})
 
@@ -90,6 +93,9 @@ class _Header:
     def number(self, kind: str) -> Any:
         return struct.unpack("<" + kind, self.take(struct.calcsize("<" + kind)))[0]
 
+    def numbers(self, n: int, kind: str) -> tuple[Any, ...]:
+        return struct.unpack(f"<{n}{kind}", self.take(n * struct.calcsize("<" + kind)))
+
     def string(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", errors="replace")
 
@@ -102,8 +108,7 @@ class _Header:
             raise ValueError(f"{self.path}: damaged: metadata of unknown type {kind}")
         kind, length = self.number("I"), self.number("Q")
         if kind in SCALARS:
-            code = SCALARS[kind]
-            return list(struct.unpack(f"<{length}{code}", self.take(length * struct.calcsize(code))))
+            return list(self.numbers(length, SCALARS[kind]))
         return [self.value(kind) for _ in range(length)]
 
 
@@ -116,7 +121,7 @@ def _stored(path: Path, name: str, shape: tuple[int, ...], kind: int, at: int) -
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]  # elements and bytes of a block
     if shape[-1] % block:
         raise ValueError(f"{path}: damaged: rows of {name} have {shape[-1]} elements, blocks of {known} have {block}")
-    end, whole = at + int(np.prod(shape)) // block * size, path.stat().st_size
+    end, whole = at + math.prod(shape) // block * size, path.stat().st_size
     if end > whole:
         raise ValueError(f"{path}: cut short: {name} ends at byte {end}, the file has {whole}; download it again")
     if known in PLAIN:
@@ -135,7 +140,7 @@ def _decode(blocks: np.ndarray, kind: int, shape: tuple[int, ...]) -> np.ndarray
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    out = np.empty((int(np.prod(shape[:-1])), shape[-1]), np.float32)
+    out = np.empty((math.prod(shape[:-1]), shape[-1]), np.float32)
     blocks = blocks.reshape(len(out), -1)
     rows = max(1, CHUNK // shape[-1])
     for start in range(0, len(out), rows):

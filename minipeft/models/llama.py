@@ -100,7 +100,8 @@ class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig, rng: np.random.Generator, dtype: Any = None) -> None:
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype, rng)
-        self.embed_tokens.weight.data *= 0.02  # as Hugging Face starts: a tied head gives logits of order 1
+        table = self.embed_tokens.weight
+        table.data = table.data * 0.02  # as Hugging Face starts: a tied head gives logits of order 1
         self.layers = [Block(config, rng, dtype) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 

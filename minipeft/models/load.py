@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def load_model(path_or_name: str | os.PathLike, dtype: Any = None) -> Llama:
         file = open_gguf(path)
         config = llama_config(file)
         tensors = llama_tensors(file, config)
+    _check_size(config, tensors, path)
     model = Llama(config, rng=_Unfilled(), dtype=dtype)
     _fill(model, tensors, path)
     return model.eval()
@@ -62,8 +64,7 @@ def save_model(model: Any, directory: str | os.PathLike, tokenizer: Any = None) 
     if not isinstance(model, Llama):
         raise TypeError(f"model: got {type(model).__name__}; a Llama is accepted (of a PeftModel, merge_and_unload())")
     state = model.state_dict()
-    names = {name for name, _ in _skeleton(model.config).named_parameters()}
-    if state.keys() != names:
+    if state.keys() != _names(model.config):
         raise TypeError(
             "model: it has adapters; save what merge_and_unload() gives, or the adapter by save_pretrained()"
         )
@@ -107,24 +108,35 @@ def _config(path: Path) -> LlamaConfig:
 
 
 class _Unfilled(np.random.Generator):
-    """Stands where start values come from, for weights that are about to be read: memory nobody has touched."""
+    """Stands where start values come from, for weights that are about to be read: shapes that take no memory."""
 
-    class Zeros(np.ndarray):
+    class Nothing(np.ndarray):
         def astype(self, dtype: Any) -> np.ndarray:
-            return np.zeros(self.shape, dtype)
+            return np.broadcast_to(np.zeros((), dtype), self.shape)
 
     def __init__(self) -> None:
         super().__init__(np.random.PCG64(0))
 
     def uniform(self, low: float, high: float, shape: tuple[int, ...]) -> np.ndarray:
-        return np.broadcast_to(np.zeros(()), shape).view(self.Zeros)
+        return np.broadcast_to(np.zeros(()), shape).view(self.Nothing)
 
     def standard_normal(self, shape: tuple[int, ...]) -> np.ndarray:
         return self.uniform(0, 0, shape)
 
 
-def _skeleton(config: LlamaConfig) -> Llama:
-    return Llama(config, rng=_Unfilled())
+def _names(config: LlamaConfig) -> set[str]:
+    """The parameters' names, off a model of the same form and the smallest sizes."""
+    small = dict.fromkeys(("vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), 1)
+    return set(Llama(replace(config, hidden_size=2, head_dim=2, **small), rng=0).state_dict())
+
+
+def _check_size(config: LlamaConfig, tensors: dict[str, StoredTensor], path: Path) -> None:
+    """Sizes far beyond what is stored are found out before a model of that size is made."""
+    table, shape = tensors.get("model.embed_tokens.weight"), (config.vocab_size, config.hidden_size)
+    if table is not None and table.shape != shape:
+        raise ValueError(f"{path}: model.embed_tokens.weight has shape {table.shape}, by the config it is {shape}")
+    if table is None or config.num_hidden_layers > len(tensors):
+        raise ValueError(f"{path}: {len(tensors)} tensors cannot be a model of {config.num_hidden_layers} layers")
 
 
 def _fill(model: Llama, tensors: dict[str, StoredTensor], path: Path) -> None:
