@@ -6,6 +6,8 @@ import datetime
 import json
 from typing import Any
 
+from .extra import need
+
 
 def render_chat(
     template: str | None,
@@ -15,6 +17,7 @@ def render_chat(
     eos_token: str | None = None,
 ) -> str:
     """The text that a chat template makes of messages, in Jinja's immutable sandbox: see `apply_chat_template`."""
+    need("jinja2", "a chat template")
     from jinja2 import TemplateError
     from jinja2.exceptions import SecurityError
 

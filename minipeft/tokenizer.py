@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .chat_template import render_chat
+from .extra import need
 from .files import read_json, write_json, write_text
 
 # How text is cut before pairs are merged, by the name that llama.cpp gave the tokenizer: (digits one by one, pattern).
@@ -38,6 +39,7 @@ def load_tokenizer(path_or_name: str | os.PathLike) -> Tokenizer:
     """
     from .models.load import find_model
 
+    need("tokenizers", "a tokenizer")
     path = find_model(path_or_name)
     return _from_directory(path) if path.is_dir() else _from_gguf(path)
 

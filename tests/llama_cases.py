@@ -48,6 +48,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 8},
 }
+
+
+def mixture(seed: int) -> dict[str, Any]:
+    """A random choice of everything at once."""
+    draw = np.random.RandomState(seed)
+    pick = lambda *options: options[draw.randint(len(options))]  # noqa: E731
+    kind = pick("llama", "llama", "qwen2", "mistral")
+    options: dict[str, Any] = {
+        "model_type": kind,
+        "num_key_value_heads": pick(1, 2, 4),
+        "hidden_size": pick(16, 24, 40),
+        "num_hidden_layers": pick(1, 3),
+        "tie_word_embeddings": pick(True, False),
+        "rope_parameters": pick({"rope_type": "default", "rope_theta": 1000.0}, LINEAR, LLAMA3),
+    }
+    if kind == "llama":
+        options |= {"attention_bias": pick(True, False), "mlp_bias": pick(True, False), "head_dim": pick(4, 6, 10)}
+    return options | ({"sliding_window": None} if kind == "mistral" else {})
+
+
+MIXTURES = {f"mixture {seed}": mixture(seed) for seed in range(12)}
 PADDINGS = ("none", "right", "left")
 
 
@@ -59,7 +80,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def llama(variant: str = "grouped", dtype: Any = "float64", **more: Any) -> Llama:
     """The model here."""
-    model = Llama(from_hugging_face(BASE | VARIANTS[variant] | more), rng=0, dtype=dtype)
+    model = Llama(from_hugging_face(BASE | (VARIANTS | MIXTURES)[variant] | more), rng=0, dtype=dtype)
     model.load_state_dict({name: weight(name, p.shape) for name, p in model.named_parameters()})
     return model
 
@@ -69,7 +90,7 @@ def peer(variant: str = "grouped", dtype: str = "float64", **more: Any) -> Any:
     import torch
     import transformers
 
-    config = transformers.AutoConfig.for_model(**BASE | VARIANTS[variant] | more)
+    config = transformers.AutoConfig.for_model(**BASE | (VARIANTS | MIXTURES)[variant] | more)
     config._attn_implementation = "sdpa"  # the eager form takes its softmax in float32
     model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).eval()
     with torch.no_grad():

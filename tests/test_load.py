@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import minipeft
 from minipeft import LoraConfig, get_peft_model, load_model, nn, save_model
+from minipeft.chat_template import render_chat
 from minipeft.models import checkpoint, download
 from minipeft.models.gguf_file import NAMES, llama_config, open_gguf, split_pairs
 from minipeft.models.llama import Llama
@@ -539,6 +540,19 @@ def test_a_gguf_of_another_architecture(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match="architecture 'gpt2'; 'llama' and 'qwen2'"):
         llama_config(open_gguf(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("package", ["gguf", "tokenizers", "jinja2"])
+def test_without_the_extras_packages_the_error_says_what_to_install(directory, monkeypatch, package):
+    write_gguf(directory / "m.gguf", cases.llama(dtype="float32"))
+    monkeypatch.setitem(sys.modules, package, None)
+    call = {
+        "gguf": lambda: load_model(directory / "m.gguf"),
+        "tokenizers": lambda: minipeft.load_tokenizer(directory),
+        "jinja2": lambda: render_chat("", [{"role": "user", "content": ""}]),
+    }
+    with pytest.raises(ImportError, match=rf'{package}: pip install "minipeft\[llm\]"'):
+        call[package]()
 
 
 def test_a_dtype_that_is_no_float(directory):

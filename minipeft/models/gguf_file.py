@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..extra import need
 from .checkpoint import StoredTensor, from_bfloat16, map_file
 from .llama_config import LlamaConfig, rotary_frequencies
 
@@ -56,6 +57,7 @@ def open_gguf(path: Path) -> GGUF:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    need("gguf", "a .gguf file")
     header = _Header(path, map_file(path, np.uint8, 0, (path.stat().st_size,)))
     if header.take(4) != b"GGUF":
         raise ValueError(f"{path}: not a GGUF file")

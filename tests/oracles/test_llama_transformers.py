@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
 
 @pytest.mark.parametrize("padding", cases.PADDINGS)
-@pytest.mark.parametrize("variant", cases.VARIANTS)
+@pytest.mark.parametrize("variant", [*cases.VARIANTS, *cases.MIXTURES])
 def test_logits_and_all_gradients_in_float64(variant, padding):
     mine, theirs = cases.ours(cases.llama(variant), padding), cases.theirs(cases.exact(cases.peer(variant)), padding)
     np.testing.assert_allclose(mine[0], theirs[0], rtol=0, atol=1e-9)
