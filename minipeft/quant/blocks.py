@@ -25,19 +25,22 @@ PART = 1 << 16  # elements: 256 KiB of float32, which the second-level cache hol
 def in_parts(work: Callable[[int, int], None], n: int, xp: object, blocksize: int, part: int = PART) -> None:
     """Call work(start, stop) on parts of 0 … n, over all threads: NumPy releases the GIL while it computes.
 
-    The parts are whole blocks of about `part` elements. On a device there is one part.
+    The parts are whole blocks, of about `part` elements or one for each thread if that is less. On a device there is
+    one part.
     """
-    length = max(1, part // blocksize) * blocksize
+    cpus = available_cpus() if xp is np and n > PART else 1
+    length = max(PART, min(part, n // cpus))
+    length += -length % blocksize
     if xp is not np or n <= length:
         if n:
             work(0, n)
         return
     parts = [(start, min(n, start + length)) for start in range(0, n, length)]
-    if available_cpus() == 1:
-        for part in parts:
-            work(*part)
+    if cpus == 1:
+        for each in parts:
+            work(*each)
     else:
-        list(_pool(os.getpid()).map(lambda part: work(*part), parts))
+        list(_pool(os.getpid()).map(lambda each: work(*each), parts))
 
 
 def take(table: Array, index: Array, out: Array) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -167,7 +168,7 @@ def dequantize(q: QuantizedTensor, out: Array | None = None) -> Array:
         raise ValueError(f"out: got {out.shape} {out.dtype}; a contiguous array of {q.size} × {q.dtype} is accepted")
     absmax, table, bits, blocksize, n = block_maxima(q), q.table, bits_of(q.table), q.blocksize, q.size
     flat, full = out.reshape(-1), n - n % blocksize
-    read = _pairs(table) if bits == 4 else table
+    read = backend.move(_pairs(q.quant_type), xp) if bits == 4 else table
 
     def dequantize_part(start: int, stop: int) -> None:
         part = flat[start:stop]
@@ -188,12 +189,14 @@ def dequantize(q: QuantizedTensor, out: Array | None = None) -> Array:
     return out.reshape(q.shape)
 
 
-def _pairs(table: Array) -> Array:
+@cache
+def _pairs(quant_type: str) -> np.ndarray:
     """For every byte its two numbers, as one 8-byte element: half the look-ups, and none of the shifts."""
-    xp = get_namespace(table)
-    table = xp.concatenate([table, xp.zeros(16 - len(table), table.dtype)])  # INT4 has 15 numbers
-    pairs = xp.stack([xp.repeat(table, 16), xp.concatenate([table] * 16)], axis=1)  # (256, 2): high nibble, low nibble
-    return xp.ascontiguousarray(pairs).view(xp.float64).reshape(-1)
+    table = np.zeros(16, np.float32)
+    known = table_of(quant_type)
+    table[: len(known)] = known  # INT4 has 15 numbers
+    pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1)  # (256, 2): high nibble, low nibble
+    return pairs.view(np.float64).reshape(-1)
 
 
 def block_maxima(q: QuantizedTensor) -> Array:
