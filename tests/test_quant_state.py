@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from references import quant_cases
 
 from minipeft import files, quant
@@ -142,6 +144,7 @@ def test_a_part_that_does_not_fit_the_others_is_refused(part, value, message):
         ({"dtype": "int32"}, "dtype: the state says 'int32'"),
         ({"nested_blocksize": 0}, "nested_blocksize is 0"),
         ({"nested_offset": "0"}, "nested_offset is '0'"),
+        ({"nested_offset": float("nan")}, "nested_offset is nan"),
         ({"nested_offset": None, "nested_blocksize": None}, "need 34 × float32"),
     ],
 )
@@ -153,6 +156,22 @@ def test_a_state_that_does_not_fit_is_refused(changes, message):
 def test_a_name_without_a_state_is_refused():
     with pytest.raises(ValueError, match=r"^tensors: 0 names begin with 'bias.quant_state.'; exactly one"):
         from_state_tensors(state_tensors(quantized()), "bias")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["nf4", "float16"]),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=3,
+)
+
+
+@given(st.sampled_from(["quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_offset"]), JSON)
+def test_any_value_in_a_state_is_read_or_refused_by_a_value_error(entry, value):
+    try:
+        q = from_state_tensors(with_state(state_tensors(quantized()), **{entry: value}))
+    except ValueError:
+        return
+    assert quant.dequantize(q).size == 33 * 65
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------

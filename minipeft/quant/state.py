@@ -105,10 +105,12 @@ def _read_state(key: str, packed: Array) -> dict[str, Any]:
         state = json.loads(bytes(backend.to_numpy(packed).astype(np.uint8).reshape(-1)).decode())
         wanted = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
         if "nested_offset" in state:
-            wanted |= {"nested_offset": float, "nested_blocksize": int}
+            wanted |= {"nested_offset": int | float, "nested_blocksize": int}
         bad = [entry for entry, kind in wanted.items() if not isinstance(state.get(entry), kind)]
         if not all(isinstance(n, int) and n >= 0 for n in state.get("shape") or [None]):
             bad.append("shape")
+        if not bad and not math.isfinite(state.get("nested_offset", 0)):
+            bad.append("nested_offset")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{key}: not a quantization state in JSON ({error})") from error
     if bad:
