@@ -99,8 +99,9 @@ class Tokenizer:
             if len(text) > len(done) and not text.endswith("\ufffd"):
                 yield text[len(done) :]
                 done = text
-                if text.endswith("\n"):  # a fresh start, so that long texts are not decoded again and again
-                    kept, done = [], ""
+                if text.endswith("\n"):  # a fresh start, or long texts would be decoded again and again; the last token
+                    kept = kept[-1:]  # stays, for decoders that treat the first one differently
+                    done = self.decode(kept, skip_special_tokens=True)
         rest = self.decode(kept, skip_special_tokens=True)[len(done) :]
         if rest:
             yield rest

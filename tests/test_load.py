@@ -23,7 +23,7 @@ import minipeft
 from minipeft import LoraConfig, get_peft_model, load_model, nn, save_model
 from minipeft.chat_template import render_chat
 from minipeft.models import checkpoint, download
-from minipeft.models.gguf_file import NAMES, llama_config, open_gguf, split_pairs
+from minipeft.models.gguf_file import DECODED, NAMES, llama_config, open_gguf, split_pairs
 from minipeft.models.llama import Llama
 from minipeft.models.llama_config import LlamaConfig
 
@@ -272,10 +272,9 @@ def encode(rows, kind):
         draw = np.random.RandomState(rows.size)
         data = draw.randint(0, 256, (rows.shape[0], rows.shape[1] // block, size)).astype(np.uint8)
         scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-        if kind == "Q4_K":
-            data[:, :, 0:2], data[:, :, 2:4] = scale, scale  # d, dmin
-        else:
-            data[:, :, -2:] = scale  # Q6_K has its d at the end
+        places = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (-4, -2), "Q3_K": (-2,), "Q6_K": (-2,)}  # d, and dmin
+        for at in places[kind]:
+            data[:, :, at], data[:, :, at + 1] = scale
         return data.reshape(rows.shape[0], -1), quantization
 
 
@@ -284,7 +283,7 @@ def wide_model():
     return cases.llama("grouped", "float32", **WIDE)
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *DECODED])
 def test_a_gguf_gives_the_values_that_the_package_decodes(tmp_path, kind):
     decoded = write_gguf(tmp_path / "m.gguf", wide_model(), kind)
     loaded = load_model(tmp_path / "m.gguf").state_dict()

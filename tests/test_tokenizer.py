@@ -98,6 +98,19 @@ def test_streamed_text_comes_in_whole_characters_and_is_the_decoded_text(tokeniz
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+def test_streaming_keeps_the_spaces_that_a_decoder_strips_from_the_first_token(tmp_path):
+    """Llama 2's tokenizer.json writes a space as ▁ and takes the one at the start of a text away again."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocabulary = {piece: i for i, piece in enumerate(["▁a", "▁b", "\n", "<0xC3>", "<0xA9>"])}
+    backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, ids = load_tokenizer(tmp_path), [0, 1, 2, 1, 3, 4, 2, 2, 0, 1]
+    assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids) == "a b\n bé\n\n a b"
+
+
 def test_streaming_ends_with_what_is_left_of_a_broken_character(tokenizer):
     ids = tokenizer.encode("a🎉")[:-1]
     assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids)

@@ -97,6 +97,17 @@ def test_an_adapter_made_by_peft_gives_its_logits_here(tmp_path, targets):
     np.testing.assert_allclose(mine(ids).data, theirs(torch.from_numpy(ids)).logits.detach(), rtol=0, atol=1e-9)
 
 
+def test_an_adapter_made_here_gives_its_logits_in_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    mine = get_peft_model(cases.llama(), LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    mine.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(cases.exact(cases.peer()), tmp_path).eval()
+    theirs = theirs.double()  # PEFT reads adapters into float32: hence the tolerance
+    ids, _, _ = cases.batch("none")
+    assert abs(mine(ids).data - cases.llama()(ids).data).max() > 1e-3
+    np.testing.assert_allclose(theirs(torch.from_numpy(ids)).logits.detach(), mine(ids).data, rtol=0, atol=1e-5)
+
+
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
