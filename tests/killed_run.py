@@ -1,6 +1,6 @@
 """A small training run with everything that a resume must restore, for test_train.py to kill: `killed_run.py DIR KIND`.
 
-Prints a line when training starts, and at its end a digest of the weights, the optimizer's state and the history.
+Prints a line after each step, and at its end a digest of the weights, the optimizer's state and the history.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import numpy as np
 
 from minipeft import LoraConfig, Tensor, fit, get_peft_model, nn, optim
 
-STEPS = 600
+STEPS = 300
 
 
 def build(kind):
@@ -45,10 +45,13 @@ def digest(model, optimizer, history):
 def main(directory, kind):
     """The run, from its last checkpoint if there is one."""
     model, optimizer, scheduler = build(kind)
-    print("started", flush=True)
+
+    def tell(progress):
+        print(progress.step, flush=True)
+
     history = fit(
         model, batch, steps=STEPS, optimizer=optimizer, scheduler=scheduler, clip_norm=0.5, grad_accumulation=2,
-        checkpoint_dir=directory, checkpoint_every=1, resume=True, progress=False,
+        checkpoint_dir=directory, checkpoint_every=1, resume=True, progress=False, callbacks=[tell],
     )  # fmt: skip
     print(digest(model, optimizer, history), flush=True)
 

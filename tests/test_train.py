@@ -486,29 +486,26 @@ def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(kind, stops, tmp_pat
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(kind, tmp_path):
-    """Each step writes a checkpoint, so most kills hit a write."""
+    """Each step writes a checkpoint, so most kills hit a write. A life lasts a random number of steps, and a moment
+    more; six lives cannot reach the end, on a machine of any speed."""
     model, optimizer, scheduler = killed_run.build(kind)
     options = {"optimizer": optimizer, "scheduler": scheduler, "clip_norm": 0.5, "grad_accumulation": 2}
     expected = killed_run.digest(model, optimizer, fit(model, killed_run.batch, steps=killed_run.STEPS, **options))
     command = [sys.executable, str(Path(killed_run.__file__)), str(tmp_path), kind]
-    rng, kills, steps = random.Random(kind), 0, []
-    for _ in range(12):
+    rng, steps = random.Random(kind), [0]
+    for _ in range(6):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "started\n"
-        if kills < 5:
-            time.sleep(rng.uniform(0, 0.1))
-            process.kill()
-        rest = process.communicate()[0]
-        if process.returncode == 0:
-            break
-        kills += 1
+        for _ in range(rng.randint(1, 30)):
+            assert process.stdout.readline().strip().isdigit()
+        time.sleep(rng.uniform(0, 0.005))
+        process.kill()
+        process.communicate()
         assert process.returncode == -9
-        if (tmp_path / CHECKPOINT).exists():  # whole, whatever was being written
-            with safe_open(tmp_path / CHECKPOINT, "np") as file:
-                steps.append(int(file.metadata()["step"]))
-    assert kills >= 3
-    assert steps == sorted(steps)
-    assert rest.strip() == expected
+        with safe_open(tmp_path / CHECKPOINT, "np") as file:  # whole, whatever was being written
+            steps.append(int(file.metadata()["step"]))
+    assert steps == sorted(set(steps))
+    last = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert last.stdout.splitlines()[-1] == expected
 
 
 def test_a_finished_run_that_is_resumed_does_nothing_more(tmp_path):
