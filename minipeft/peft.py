@@ -136,9 +136,12 @@ class PeftModel(Module):
         config: Any,
         batches: Iterable[Any] | None = None,
         loss_fn: Any = None,
-        seed: int | np.random.Generator = 0,
+        seed: int | np.random.Generator | None = None,
     ) -> None:
         """Attach one more adapter; it is active only after `set_adapter`.
+
+        Args:
+            seed: left out, the number of adapters there are, so that each has start values of its own.
 
         Raises:
             ValueError: the name is taken, adapters are merged, or as `get_peft_model`.
@@ -146,7 +149,7 @@ class PeftModel(Module):
         self._check_addable(adapter_name)
         if sum(getattr(c, "bias", "none") != "none" for c in (config, *self.peft_config.values())) > 1:
             raise ValueError("bias: another adapter trains biases already; 'none' is accepted")
-        active = list(self.active_adapters)
+        active, seed = list(self.active_adapters), len(self.peft_config) if seed is None else seed
         self._attach(Plan(self.base_model.model, config, adapter_name), batches, loss_fn, seed)
         self.set_adapter(active)
 
@@ -342,8 +345,12 @@ class PeftModel(Module):
 
     # saving and loading
 
-    def save_pretrained(self, path: str | os.PathLike, adapter_name: str = "default") -> None:
+    def save_pretrained(self, path: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Write `adapter_model.safetensors` and `adapter_config.json` into a directory, in PEFT's format.
+
+        Args:
+            path: the directory; it is made if it is not there.
+            adapter_name: which adapter; left out, the active one.
 
         An adapter that took s·B₀A₀ from W at its start (`"both"`, `"pissa"`, `"olora"`) is saved as one of rank 2r,
         s·(BA − B₀A₀) = s·[B, −B₀][A; A₀], which needs no changed base.
@@ -351,6 +358,7 @@ class PeftModel(Module):
         Raises:
             ValueError: no adapter has this name.
         """
+        adapter_name = adapter_name or self.active_adapters[0]
         self._existing("save_pretrained", [adapter_name])
         if Path(path).exists() and not Path(path).is_dir():
             raise ValueError(f"path: {path} is a file; a directory is accepted")
