@@ -7,12 +7,16 @@ optimizer.zero_grad(); loss.backward(); optimizer.step()
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from . import backend
 from .backend import Array
 from .optimizer import UNIT, Optimizer, Unit
+from .pages import Pages
 from .schedules import CosineAnnealingLR, LambdaLR, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 from .tensor import Tensor
 
@@ -24,6 +28,7 @@ __all__ = [
     "CosineAnnealingLR",
     "LambdaLR",
     "Optimizer",
+    "PagedAdamW",
     "Unit",
     "clip_grad_norm_",
     "get_cosine_schedule_with_warmup",
@@ -148,6 +153,52 @@ class AdamW(Adam):
         maximize: bool = False,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize)
+
+
+class PagedAdamW(AdamW):
+    """AdamW whose state lives in memory-mapped files: the operating system keeps in memory what is being updated and
+    pages the rest out when memory runs short (Dettmers et al. 2023, section 3, "paged optimizers", which page between
+    GPU and CPU). The updates are AdamW's, bit for bit. Under CuPy the state is in unified memory instead.
+
+    Args:
+        page_dir: where the files go; the system's place for temporary files when left out. They are removed with the
+            optimizer.
+
+    Raises:
+        OSError: the disk has no room; at the first step, before any parameter has changed.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        page_dir: str | os.PathLike | None = None,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize)
+        self.pages = Pages(page_dir)
+
+    def step(self) -> None:
+        """As AdamW; the state of all parameters is made before the first is updated."""
+        for group, units in zip(self.param_groups, self.units(), strict=True):
+            for unit in units:
+                for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
+                    self.state(unit, name)
+        super().step()
+
+    def zeros(self, unit: Unit) -> Array:
+        """A new state array for a unit, in a file (under CuPy: in unified memory)."""
+        xp = backend.get_namespace(unit.flat)
+        if xp.__name__ == "cupy":
+            with xp.cuda.using_allocator(xp.cuda.malloc_managed):
+                return super().zeros(unit)
+        if not isinstance(unit.flat, np.ndarray):
+            return super().zeros(unit)
+        return self.pages.zeros(unit.size, unit.flat.dtype)
 
 
 def _prepare(group: dict[str, Any], unit: Unit, g: Array, weight_decay: float) -> None:

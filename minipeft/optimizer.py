@@ -91,18 +91,24 @@ class Optimizer:
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
-        for i, group in enumerate(self.param_groups):
-            active = [p for p in group["params"] if p.grad is not None]
-            ids = [id(p) for p in active]
-            if ids != self._laid_out[i]:
-                self._lay_out(i, active)
-            for p in active:
+        for group, units in zip(self.param_groups, self.units(), strict=True):
+            for p in group["params"]:
                 flags = p.data.flags
-                if is_held(p.data) or not (flags.c_contiguous and getattr(flags, "writeable", True)):  # CuPy: always
+                if p.grad is not None and (
+                    is_held(p.data) or not (flags.c_contiguous and getattr(flags, "writeable", True))  # CuPy: always
+                ):
                     p.data = p.data.copy()
-            for unit in self._units[i]:
+            for unit in units:
                 unit.step += 1
                 self.update(group, unit, unit.gather(), unit.work)
+
+    def units(self) -> list[list[Unit]]:
+        """The units of each group, laid out for the parameters that have a gradient now."""
+        for i, group in enumerate(self.param_groups):
+            active = [p for p in group["params"] if p.grad is not None]
+            if [id(p) for p in active] != self._laid_out[i]:
+                self._lay_out(i, active)
+        return self._units
 
     def update(self, group: dict[str, Any], unit: Unit, g: Array, work: Array) -> None:
         """One step of the rule for a unit with flat gradient g; both g and `work` may be overwritten."""

@@ -1,0 +1,105 @@
+"""PagedAdamW: AdamW's updates bit for bit, with its state in files, under a cap on memory and on a full disk."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minipeft import nn, optim
+
+SIZES = (3, optim.UNIT + 5, 700)  # small ones that share a unit, and one that has two
+
+
+def trained(seed: int = 0) -> list[nn.Parameter]:
+    rng = np.random.default_rng(seed)
+    return [nn.Parameter(rng.standard_normal(n).astype("float32")) for n in SIZES]
+
+
+def steps(optimizer: optim.Optimizer, params: list[nn.Parameter], numbers: range = range(5)) -> None:
+    for number in numbers:
+        rng = np.random.default_rng(number)
+        for p in params:
+            p.grad = rng.standard_normal(p.shape).astype("float32")
+        optimizer.step()
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_the_updates_are_adamws_bit_for_bit(tmp_path, amsgrad):
+    params, paged = trained(), trained()
+    steps(optim.AdamW(params, amsgrad=amsgrad), params)
+    steps(optim.PagedAdamW(paged, amsgrad=amsgrad, page_dir=tmp_path), paged)
+    assert all(a.data.tobytes() == b.data.tobytes() for a, b in zip(params, paged, strict=True))
+
+
+def test_a_saved_state_goes_on_bit_for_bit(tmp_path):
+    whole, parts = trained(), trained()
+    steps(optim.PagedAdamW(whole, page_dir=tmp_path), whole)
+    first = optim.PagedAdamW(parts, page_dir=tmp_path)
+    steps(first, parts, range(3))
+    second = optim.PagedAdamW(parts, page_dir=tmp_path)
+    second.load_state_dict(first.state_dict())
+    steps(second, parts, range(3, 5))
+    assert all(a.data.tobytes() == b.data.tobytes() for a, b in zip(whole, parts, strict=True))
+
+
+def test_the_state_is_in_files_that_go_with_the_optimizer(tmp_path):
+    params = trained()
+    optimizer = optim.PagedAdamW(params, page_dir=tmp_path)
+    steps(optimizer, params, range(1))
+    files = list(tmp_path.rglob("*.page"))
+    assert sum(file.stat().st_size for file in files) >= optimizer.nbytes == 2 * 4 * sum(SIZES)
+    del optimizer
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_before_any_parameter_has_changed(tmp_path, monkeypatch):
+    params = trained()
+    before = [p.data.copy() for p in params]
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    optimizer = optim.PagedAdamW(params, page_dir=tmp_path)
+    with pytest.raises(OSError, match=r"no room for .* pass page_dir on a larger disk"):
+        steps(optimizer, params, range(1))
+    assert all(p.data.tobytes() == b.tobytes() for p, b in zip(params, before, strict=True))
+    assert not list(tmp_path.rglob("*.page"))
+    monkeypatch.undo()
+    steps(optimizer, params, range(1))  # with room again the same optimizer goes on
+    assert not any(p.data.tobytes() == b.tobytes() for p, b in zip(params, before, strict=True))
+
+
+CAPPED = """
+import resource, sys
+import numpy as np
+from minipeft import nn, optim
+p = nn.Parameter(np.zeros(24 << 20, "float32"))                      # 96 MiB, and as much of gradient
+p.grad = np.ones_like(p.data)
+optimizer = getattr(optim, sys.argv[1])([p])
+used = int(open("/proc/self/statm").read().split()[5]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20),) * 2)   # room for a third of the state
+optimizer.step()
+print("finished", float(p.data[0]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="caps the data segment as Linux counts it")
+def test_under_a_cap_on_memory_adamw_fails_and_the_paged_one_finishes(tmp_path):
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "TMPDIR": str(tmp_path), "OPENBLAS_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = str(Path(optim.__file__).parents[1])
+        return subprocess.run([sys.executable, "-c", CAPPED, name], capture_output=True, text=True, env=environment)
+
+    plain, paged = run("AdamW"), run("PagedAdamW")
+    assert plain.returncode == 1
+    assert "MemoryError" in plain.stderr
+    assert paged.stdout.startswith("finished -0.001"), paged.stderr
