@@ -16,7 +16,6 @@ import numpy as np
 from . import backend
 from .backend import Array
 from .optimizer import UNIT, Optimizer, Unit
-from .pages import Pages
 from .schedules import CosineAnnealingLR, LambdaLR, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 from .tensor import Tensor
 
@@ -179,6 +178,8 @@ class PagedAdamW(AdamW):
         maximize: bool = False,
         page_dir: str | os.PathLike | None = None,
     ) -> None:
+        from .pages import Pages  # imported here: it would cost every `import minipeft` 8 ms
+
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize)
         self.pages = Pages(page_dir)
 
