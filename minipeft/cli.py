@@ -240,3 +240,6 @@ def doctor() -> None:
     with err.status("measuring …") if err.is_terminal else nullcontext():
         found = report()
     show(found, out)
+
+
+from . import cli_language  # noqa: E402, F401 - its commands need the app

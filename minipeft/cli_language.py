@@ -1,0 +1,109 @@
+"""The commands for language models: download, generate, chat. Imported by cli.py, which holds the app."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli import app, err, fail, out, user_errors
+
+MODELS = ("smollm2",)
+Model = Annotated[str, typer.Option(help="smollm2, a Hugging Face directory, or a .gguf file.")]
+Adapter = Annotated[Path | None, typer.Option(help="A directory with a saved adapter, put on the model.")]
+Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after this many tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token; 1: as the model says.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample among tokens that hold this share of the probability.")]
+Seed = Annotated[int, typer.Option(min=0, help="For sampling.")]
+
+
+@app.command(epilog="[bold]minipeft download smollm2[/]")
+def download(name: Annotated[str, typer.Argument(help=f"What to fetch: {', '.join(MODELS)}.")]) -> None:
+    """Fetch a language model (SmolLM2-135M-Instruct, about 145 MB) into the user's cache, checked by its SHA-256."""
+    if name not in MODELS:
+        fail(f"name: got {name!r}; accepted are {', '.join(MODELS)}")
+    from .models.download import download_smollm2
+
+    with user_errors():
+        try:
+            path = download_smollm2(say=err.print)
+        except RuntimeError as error:
+            fail(error)
+    out.print(f"ready: {path}", soft_wrap=True)
+
+
+@app.command(epilog='[bold]minipeft generate "The capital of France is"[/]')
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    model: Model = "smollm2",
+    adapter: Adapter = None,
+    length: Length = 100,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Continue a text with a language model, as it comes."""
+    with user_errors():
+        network, tokenizer = _load(model, adapter)
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop_ids": tokenizer.stop_ids}
+        ids = tokenizer.encode(prompt)
+        tokens = network.stream(ids, length, **sampling)
+        _show([prompt], tokenizer, tokens)
+
+
+@app.command(epilog="[bold]minipeft chat[/]   end with Ctrl-D")
+def chat(
+    model: Model = "smollm2",
+    adapter: Adapter = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    length: Length = 300,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk with a language model; it remembers the conversation until its context is full."""
+    with user_errors():
+        network, tokenizer = _load(model, adapter)
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop_ids": tokenizer.stop_ids}
+    messages = [{"role": "system", "content": system}] if system else []
+    while (text := _ask()) is not None:
+        messages.append({"role": "user", "content": text})
+        with user_errors():
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            tokens = network.stream(ids, length, **sampling)
+            answer = _show([], tokenizer, (token for token in tokens if token not in tokenizer.stop_ids))
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _ask() -> str | None:
+    """A line that is not empty, or None at the end of the input."""
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return None
+        if text:
+            return text
+
+
+def _load(model: str, adapter: Path | None) -> tuple[Any, Any]:
+    from . import PeftModel, load_model, load_tokenizer
+
+    network = load_model(model)
+    return (PeftModel.from_pretrained(network, adapter) if adapter else network), load_tokenizer(model)
+
+
+def _show(first: list[str], tokenizer: Any, tokens: Iterable[int]) -> str:
+    """Print pieces of text as the tokens come; returns the text of the tokens."""
+    pieces = []
+    for piece in first:
+        out.print(piece, end="", markup=False, soft_wrap=True)
+    for piece in tokenizer.stream(tokens):
+        pieces.append(piece)
+        out.print(piece, end="", markup=False, soft_wrap=True)
+        out.file.flush()
+    out.print()
+    return "".join(pieces)

