@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import methods, rank
     from .gradient_check import gradcheck
     from .methods.lora import LoraConfig
+    from .methods.lora_pro import LoraProConfig
     from .models.load import load_model, save_model
     from .peft import PeftModel, get_peft_model
     from .tokenizer import load_tokenizer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LoraConfig",
+    "LoraProConfig",
     "PeftModel",
     "Tensor",
     "backend",
@@ -40,6 +42,7 @@ __all__ = [
 # What is imported when it is first asked for: `import minipeft` costs little more than `import numpy`. "" is a module.
 LATER = {
     "LoraConfig": "methods.lora",
+    "LoraProConfig": "methods.lora_pro",
     "PeftModel": "peft",
     "fit": "train",
     "get_peft_model": "peft",

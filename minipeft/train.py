@@ -94,12 +94,14 @@ def fit(
     identity = identity_of(model, optimizer) if checkpoint is not None else {}
     every = checkpoint_every or max(1, steps // 10)
     history = History()
+    if method is not None:
+        method.start(model, optimizer)
     first = 0
     if resume:
         if checkpoint is None:
             raise ValueError("resume: needs checkpoint_dir")
         if checkpoint.exists():
-            first = load_run(checkpoint, model, trained, optimizer, history, identity, steps)
+            first = load_run(checkpoint, model, trained, optimizer, history, identity, steps, method)
             if scheduler is not None:
                 scheduler.go_to(first)
     stream = _stream(batches, first * grad_accumulation)
@@ -127,7 +129,7 @@ def fit(
                 if kept or done == steps:
                     _check_finite(trained, done)
                 if checkpoint is not None and (kept or done == steps):
-                    save_run(checkpoint, done, model, trained, optimizer, history, identity)
+                    save_run(checkpoint, done, model, trained, optimizer, history, identity, method)
                 show(done, loss, examples)
                 for callback in callbacks:
                     callback(Progress(done, steps, loss, model, optimizer, history))

@@ -40,6 +40,9 @@ class Method:
         """The module that replaces `linear`, which is an nn.Linear or already this method's layer."""
         raise NotImplementedError(f"{type(self).__name__} has no wrap()")
 
+    def start(self, model: Module, optimizer: Any) -> None:
+        """Called by `fit` before its first step; the place to refuse an optimizer that does not suit the method."""
+
     def penalty(self, model: Module) -> Tensor | None:
         """A term that `fit` adds to the loss (AdaLoRA's orthogonality)."""
         return None
@@ -49,6 +52,19 @@ class Method:
 
     def after_step(self, model: Module, step: int) -> None:
         """Called by `fit` after the optimizer's step (AdaLoRA re-allocates rank)."""
+
+    def state_dict(self) -> dict[str, Array]:
+        """What the method carries from step to step, by name; `fit` keeps it in its checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Array]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: state that it did not give.
+        """
+        if state:
+            raise ValueError(f"method state: {type(self).__name__} has none; got {sorted(state)[:4]}")
 
 
 class AdapterLayer(Module):
