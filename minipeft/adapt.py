@@ -41,6 +41,7 @@ METHODS = {
     "full": Recipe(None, LEARNING_RATE["full"]),
     "lora": Recipe(_lora, LEARNING_RATE["lora"]),
     "rslora": Recipe(partial(_lora, use_rslora=True), LEARNING_RATE["lora"]),
+    "dora": Recipe(partial(_lora, use_dora=True), LEARNING_RATE["lora"]),
 }
 RUN = "run.json"
 

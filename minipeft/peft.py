@@ -237,7 +237,7 @@ class PeftModel(Module):
                 elif kind == "base_layer" and bias == "lora_only" and rest == "bias":
                     state[key + inner] = parameter
                 elif kind not in ("base_layer", "original_module") and (rest + ".").startswith(adapter_name + "."):
-                    state[key + kind + rest.removeprefix(adapter_name)] = parameter
+                    state[key + layer.saved_name(kind + rest.removeprefix(adapter_name))] = parameter
         return state
 
     @contextlib.contextmanager

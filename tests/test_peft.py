@@ -935,7 +935,7 @@ BAD_ADAPTERS = [
     (lambda d: (d / "adapter_config.json").write_bytes(b"\xff\xfe{}"), ValueError, "not JSON"),
     (lambda d: edit_config(d, peft_type="IA3"), ValueError, "peft_type is 'IA3'"),
     (lambda d: edit_config(d, peft_type=["LORA"]), ValueError, r"peft_type is \['LORA'\]"),
-    (lambda d: edit_config(d, use_dora=True), ValueError, "use_dora"),
+    (lambda d: edit_config(d, use_dora=True), ValueError, "missing.*lora_magnitude_vector"),
     (lambda d: edit_config(d, layers_to_transform=[1]), ValueError, r"layers_to_transform=\[1\] is not supported"),
     (lambda d: edit_config(d, fan_in_fan_out=True), ValueError, "fan_in_fan_out=True is not supported"),
     (lambda d: edit_config(d, init_lora_weights="loftq"), ValueError, "init_lora_weights: got 'loftq'"),

@@ -96,6 +96,10 @@ class AdapterLayer(Module):
         """The names of all adapters that this layer has."""
         raise NotImplementedError
 
+    def saved_name(self, name: str) -> str:
+        """What PEFT's files call the parameter `lora_A.weight`: the same, but for PEFT's exceptions."""
+        return name
+
     def delta(self, adapter: str) -> Array:
         """What the adapter adds to W, (out, in)."""
         raise NotImplementedError

@@ -303,7 +303,9 @@ class LoraConfig:
         init_lora_weights: True (PEFT's default, `"kaiming"`), False (A and B both random: not the identity, for tests),
             or one of `INITS`.
         use_rslora: s = α/√r.
-        use_dora: not yet.
+        use_dora: DoRA, a magnitude for every output beside the factors (methods/dora.py).
+        dora_magnitude: "column" (PEFT's) or "scalar" (the document's one magnitude for a matrix).
+        dora_norm: "constant" (PEFT's, no gradient through the norm) or "graph". These two are not PEFT's.
         rank_pattern, alpha_pattern: r and α of single modules, by name, ending or regular expression.
         modules_to_save: modules that are trained and saved whole.
         bias: which biases train: "none", "all", "lora_only" (those of adapted layers).
@@ -319,6 +321,8 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     use_rslora: bool = False
     use_dora: bool = False
+    dora_magnitude: str = "column"
+    dora_norm: str = "constant"
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
@@ -345,11 +349,20 @@ class LoraConfig:
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in INITS:
             accepted = f"True, False, {', '.join(map(repr, INITS))}"
             raise ValueError(f"init_lora_weights: got {self.init_lora_weights!r}; accepted are {accepted}")
-        if self.use_dora:
-            raise ValueError("use_dora: DoRA is not in this version; False is accepted")
+        if not isinstance(self.use_dora, bool):
+            raise ValueError(f"use_dora: got {self.use_dora!r}; True and False are accepted")
+        for name, accepted in _DORA_CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; accepted are {', '.join(map(repr, accepted))}")
+            if not self.use_dora and getattr(self, name) != accepted[0]:
+                raise ValueError(f"{name}: got {getattr(self, name)!r} without use_dora; use_dora=True is accepted")
 
     def build(self) -> Lora:
         """The method that this config describes."""
+        if self.use_dora:
+            from .dora import Dora  # DoRA is built on LoRA
+
+            return Dora(self)
         return Lora(self)
 
     def rank_of(self, name: str) -> int:
@@ -362,7 +375,8 @@ class LoraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of PEFT's adapter_config.json; what is not in it has PEFT's default."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v for k, v in data.items() if k not in _DORA_CHOICES or v != _DORA_CHOICES[k][0]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LoraConfig:
@@ -383,6 +397,8 @@ class LoraConfig:
         return cls(**own)
 
 
+# What use_dora offers beyond PEFT, the first as in PEFT; the file names only what differs from that
+_DORA_CHOICES = {"dora_magnitude": ("column", "scalar"), "dora_norm": ("constant", "graph")}
 # PEFT's fields that are set without changing what a LoRA adapter computes
 _BASE_KEEPING_INITS = ("eva", "orthogonal")  # PEFT's inits that leave W as it is: a saved adapter needs no more
 _NO_EFFECT = {"auto_mapping", "megatron_core", "peft_version", "qalora_group_size", "revision", "loftq_config"}
