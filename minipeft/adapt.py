@@ -19,6 +19,7 @@ from . import files, optim
 from .data import digits
 from .ledger.runs import BATCH, LEARNING_RATE, STEPS, accuracy
 from .methods.lora import LoraConfig
+from .methods.lora_pro import LoraProConfig
 from .models import BASES, load_base
 from .nn import Module
 from .peft import PeftModel, get_peft_model
@@ -37,11 +38,16 @@ def _lora(r: int, alpha: float, targets: str | list[str], **variant: Any) -> Lor
     return LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, **variant)
 
 
+def _lora_pro(r: int, alpha: float, targets: str | list[str]) -> LoraConfig:
+    return LoraProConfig(r=r, lora_alpha=alpha, target_modules=targets)
+
+
 METHODS = {
     "full": Recipe(None, LEARNING_RATE["full"]),
     "lora": Recipe(_lora, LEARNING_RATE["lora"]),
     "rslora": Recipe(partial(_lora, use_rslora=True), LEARNING_RATE["lora"]),
     "dora": Recipe(partial(_lora, use_dora=True), LEARNING_RATE["lora"]),
+    "lora-pro": Recipe(_lora_pro, LEARNING_RATE["lora"]),  # of 1, 2, 5, 10, 20 ·1e-3 the best here too
 }
 RUN = "run.json"
 

@@ -8,6 +8,7 @@ from scipy.linalg import solve_sylvester
 
 import minipeft
 from minipeft import LoraConfig, LoraProConfig, Tensor, fit, get_peft_model, no_grad
+from minipeft.adapt import METHODS
 from minipeft.backend import count_flops, to_numpy
 from minipeft.data import digits
 from minipeft.methods.lora_pro import adam_direction, equivalent_gradient, lora_pro_gradients
@@ -382,6 +383,15 @@ def test_a_saved_adapter_is_an_ordinary_lora_and_merging_keeps_the_outputs(tmp_p
         np.testing.assert_array_equal(loaded(x).data, expected)
         np.testing.assert_allclose(model.merge_and_unload()(x).data, expected, atol=1e-13)
     assert type(loaded.peft_config["default"]) is LoraConfig
+
+
+def test_the_saved_config_is_the_one_that_lora_saves():
+    assert LoraProConfig(r=2, variant="full", X="zero").to_dict() == LoraConfig(r=2).to_dict()
+
+
+def test_minipeft_train_knows_the_method():
+    config = METHODS["lora-pro"].config(4, 8.0, "all-linear")
+    assert config == LoraProConfig(r=4, lora_alpha=8.0)
 
 
 def test_only_the_active_adapters_gradients_change():

@@ -10,7 +10,7 @@ them before the step. Formulas first, as functions of plain arrays; then the met
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -195,7 +195,7 @@ class LoraProConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The content of PEFT's adapter_config.json: how it was trained is not in it."""
-        return {f.name: getattr(self, f.name) for f in fields(LoraConfig)}
+        return {name: value for name, value in super().to_dict().items() if name not in ("variant", "X", "rtol")}
 
 
 class LoraPro(Lora):
