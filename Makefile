@@ -1,7 +1,7 @@
 # What people do often. A fresh machine needs Python 3.10 or newer and make; everything else goes into .venv.
 #
 #   make verify     LoRA learns the shifted digits, then the document's claims are judged by numbers
-#   make test       the test suite
+#   make test       the test suite, on all processors
 #   make oracles    the comparisons with PyTorch and PEFT, which are installed for it (about 1 GB)
 #   make lint       ruff: lint and format, nothing is changed
 #   make format     ruff: mend what can be mended
@@ -46,10 +46,10 @@ verify: $(VENV)/.base
 test oracles: export OPENBLAS_NUM_THREADS ?= 1
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --ignore=tests/oracles
+	$(BIN)/python -m pytest --ignore=tests/oracles -n auto --dist loadfile
 
 oracles: $(VENV)/.test $(VENV)/.oracles
-	$(BIN)/python -m pytest tests/oracles
+	$(BIN)/python -m pytest tests/oracles -n auto --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
