@@ -1,5 +1,7 @@
 """LoRA-Pro's formulas against least squares, and both variants in training."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -199,6 +201,16 @@ def test_rtol_decides_which_directions_are_left_as_they_are():
     left = lora_pro_gradients(A, B, own, g @ A.T, s, "zero", rtol=1e-5)[0]
     np.testing.assert_allclose(kept, own / np.array([[1.0], [1e-6]]), rtol=1e-8)
     np.testing.assert_allclose(left, own, rtol=1e-8, atol=1e-12)
+
+
+def test_no_matrix_of_the_weights_size_is_formed():
+    A, B = gaussian(2, 2000), gaussian(2000, 2, seed=1)
+    lora_pro_gradients(A, B, A, B, 1.0)  # imports and caches
+    tracemalloc.start()
+    lora_pro_gradients(A, B, A, B, 1.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * A.nbytes  # W would be 1000 times A
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

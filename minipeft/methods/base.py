@@ -1,4 +1,4 @@
-"""What every method is: five hooks, and a layer that stands in for a Linear.
+"""What every method is: its hooks, and a layer that stands in for a Linear.
 
 A new method is one file: its formulas as array functions, a layer (`AdapterLayer`) that uses them, a `Method` that
 wraps a Linear in that layer, and a config whose `build` returns the method. `get_peft_model` and `fit` do the rest.
