@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-SECTIONS = ("LoRA", "LoRA-Pro")  # in the document's order; the module of each is named after it in lower case
+SECTIONS = ("LoRA", "DoRA", "LoRA-Pro")  # in the document's order; the module of each is named after it in lower case
 
 
 @dataclass(frozen=True)

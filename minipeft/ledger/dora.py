@@ -1,0 +1,269 @@
+"""The claims of the document's DoRA section."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import data, optim
+from ..measure import peak_memory
+from ..methods.dora import (
+    dora_composed,
+    dora_gradients,
+    dora_linear,
+    dora_magnitude,
+    dora_norm,
+    dora_weight,
+    weight_decomposition,
+)
+from ..methods.lora import LoraConfig
+from ..models import load_base
+from ..models.pretrain import accuracy
+from ..nn import Module
+from ..peft import get_peft_model
+from ..tensor import Tensor
+from ..train import Progress, fit
+from . import Evidence, claim
+from .runs import BATCH, LEARNING_RATE, adapt, weight_updates
+
+
+@dataclass(frozen=True)
+class DoraRun:
+    """A small network adapted to the shifted digits: the model, its base's arrays, and what was seen on the way."""
+
+    model: Module
+    before: dict[str, np.ndarray]
+    losses: list[float]
+    accuracy: float
+    norm_errors: list[float]
+    frozen_gradients: int
+
+
+@functools.cache
+def train(r: int = 8, seed: int = 0, base: str = "mlp", steps: int = 100, **options: Any) -> DoraRun:
+    """Adapt a base with LoRA, or with `use_dora=True` and its options, as `runs.adapt` does."""
+    task, model = data.digits.transfer(), load_base(base)
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, **options), seed=seed)
+    errors: list[float] = []
+    frozen: list[int] = []
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE["lora"])
+    batches = data.digits.batches(*task.train, batch_size=BATCH, seed=seed)
+    watch = _watch(errors, frozen)
+    history = fit(model, batches, steps=steps, optimizer=optimizer, callbacks=[watch], progress=False)
+    reached = accuracy(model.eval(), *task.test)
+    return DoraRun(model, before, history.loss, reached, errors, sum(frozen))
+
+
+def _watch(errors: list[float], frozen: list[int]) -> Callable[[Progress], None]:
+    """After every step: | ‖row of W'‖/|m| − 1 |, the largest; gradients of frozen parameters."""
+
+    def watch(progress: Progress) -> None:
+        frozen.append(sum(p.grad is not None for p in progress.model.parameters() if not p.requires_grad))
+        layers = [m for _, m in progress.model.adapter_layers() if hasattr(m, "lora_magnitude_vector")]
+        for layer in layers if progress.step % 10 == 0 else []:
+            W, (A, B), s = layer.weight.data, layer._factors("default"), layer.scaling["default"]
+            m = layer.lora_magnitude_vector["default"].weight.data
+            norms = dora_magnitude(dora_weight(W, A, B, m, s), "column" if m.size > 1 else "scalar")
+            errors.append(float(abs(norms / abs(m) - 1).max()))
+
+    return watch
+
+
+def _example(dtype: str = "float64") -> tuple[np.ndarray, ...]:
+    """W (48, 32), A, B with r = 4."""
+    rng = np.random.default_rng(0)
+    return tuple(rng.standard_normal(shape).astype(dtype) for shape in ((48, 32), (4, 32), (48, 4)))
+
+
+@claim("dora.decompose", "W = m · V/‖V‖: a weight is a magnitude times a unit direction.")
+def decompose() -> Evidence:
+    """Composing again what was decomposed, on trained weights; outputs of a model just wrapped."""
+    base = load_base("vit")
+    weights = [W for name, W in base.state_dict().items() if name.endswith("weight") and W.ndim == 2]
+    units = [W / dora_magnitude(W)[:, None] for W in weights]
+    largest = max(
+        float(np.abs(dora_magnitude(W)[:, None] * unit - W).max() / np.abs(W).max())
+        for W, unit in zip(weights, units, strict=True)
+    )
+    length = max(float(np.abs(dora_magnitude(unit) - 1).max()) for unit in units)
+    x = data.digits.transfer().test.x
+    expected = load_base("vit").eval()(x).data
+    same = get_peft_model(load_base("vit"), LoraConfig(use_dora=True)).eval()(x).data.tobytes() == expected.tobytes()
+    return Evidence(
+        f"{len(weights)} trained float32 weights come back within {largest:.1e} of their largest number; directions "
+        f"have length 1 within {length:.1e}. A model just wrapped gives its base's logits "
+        f"{'to the bit' if same else 'changed'}.",
+        holds=largest < 1e-6 and length < 1e-6 and same,
+        figures={"largest": largest, "length": length, "same": same},
+    )
+
+
+@claim("dora.scalar", "The magnitude m is a scalar, and ‖V‖ is the norm of the matrix.")
+def scalar() -> Evidence:
+    """The document's one magnitude beside the paper's one for each output: counts, what each keeps, training."""
+    W, A, B = _example()
+    moved = {
+        kind: float(
+            np.abs(dora_magnitude(dora_weight(W, A, B, dora_magnitude(W, kind), 1.0)) / dora_magnitude(W) - 1).max()
+        )
+        for kind in ("column", "scalar")
+    }
+    runs = {kind: train(use_dora=True, dora_magnitude=kind) for kind in ("column", "scalar")}
+    counts = {
+        kind: sum(m.lora_magnitude_vector["default"].weight.size for _, m in run.model.adapter_layers())
+        for kind, run in runs.items()
+    }
+    loss = {kind: float(np.mean(run.losses[-10:])) for kind, run in runs.items()}
+    return Evidence(
+        f"The paper (eq. 2, 5) has one magnitude for each column: {counts['column']} in the MLP against "
+        f"{counts['scalar']}. With a scalar an update at fixed m changes single outputs' lengths by up to "
+        f"{moved['scalar']:.0%}, with columns by {moved['column']:.0e}. Loss after training {loss['column']:.4f} "
+        f"(columns), {loss['scalar']:.4f} (scalar).",
+        holds=moved["scalar"] < 1e-9,
+        instead=moved["column"] < 1e-9 < moved["scalar"] and loss["column"] != loss["scalar"],
+        figures={"moved": moved, "magnitudes": counts, "loss": loss},
+    )
+
+
+@claim("dora.update", "W' = m(V + BA)/‖V + BA‖: after the update the direction is still a unit vector.")
+def update() -> Evidence:
+    """Norms of the adapted rows against m along training; the cheap norm against the direct one."""
+    run = train(use_dora=True)
+    largest = max(run.norm_errors)
+    cheap = []
+    for _, layer in run.model.adapter_layers():
+        (A, B), s = layer._factors("default"), layer.scaling["default"]
+        direct = dora_magnitude((layer.weight.data + s * B @ A).astype("float64"))
+        cheap.append(float(np.abs(dora_norm(layer.weight.data, A, B, s) / direct - 1).max()))
+    return Evidence(
+        f"In {len(run.norm_errors)} looks along {len(run.losses)} float32 steps every row of W' had length |m| within "
+        f"{largest:.1e}. The norm without forming V + BA is the direct one within {max(cheap):.1e}.",
+        holds=largest < 1e-5 and max(cheap) < 1e-5,
+        figures={"norm_error": largest, "cheap_norm_error": max(cheap)},
+    )
+
+
+@claim("dora.trainable", "m and the low-rank A, B train; the direction's V is frozen.")
+def trainable() -> Evidence:
+    """Bytes of the base after training; which parameters trained and moved."""
+    run = train(use_dora=True)
+    names = {n for n, p in run.model.named_parameters() if p.requires_grad}
+    kinds = sorted({n.split(".")[-3] for n in names})
+    start = dict(
+        get_peft_model(load_base("mlp"), LoraConfig(r=8, lora_alpha=16, use_dora=True), seed=0).named_parameters()
+    )
+    moved = sum((p.data != start[n].data).any() for n, p in run.model.named_parameters() if n in names)
+    now = {n.replace("base_model.model.", "").replace("base_layer.", ""): p for n, p in run.model.named_parameters()}
+    same = sum(now[name].data.tobytes() == array.tobytes() for name, array in run.before.items())
+    return Evidence(
+        f"Trained: {', '.join(kinds)}; {moved} of {len(names)} arrays moved. {same} of {len(run.before)} pre-trained "
+        f"arrays are unchanged to the bit, and {run.frozen_gradients} gradients of frozen weights ever existed.",
+        holds=same == len(run.before)
+        and moved == len(names)
+        and not run.frozen_gradients
+        and kinds == ["lora_A", "lora_B", "lora_magnitude_vector"],
+        figures={"unchanged": int(same), "arrays": len(run.before), "moved": int(moved)},
+    )
+
+
+@claim("dora.gradient", "The paper's gradients of m and V, and its cheaper form with the norm held constant.")
+def gradient() -> Evidence:
+    """Closed form against backward and central differences; what holding the norm constant saves and changes."""
+    W, A, B = _example()
+    rng = np.random.default_rng(1)
+    V, G, m = W + B @ A, rng.standard_normal(W.shape), dora_magnitude(W)
+    dm, dV = dora_gradients(V, m, G)
+    direction, h = rng.standard_normal(V.shape), 1e-6
+    loss = lambda V, m: float(((m / dora_magnitude(V))[:, None] * V * G).sum())  # noqa: E731
+    differences = [
+        abs((loss(V + h * direction, m) - loss(V - h * direction, m)) / (2 * h) - (dV * direction).sum()),
+        abs((loss(V, m + h) - loss(V, m - h)) / (2 * h) - dm.sum()),
+    ]
+    factors = [Tensor(f, requires_grad=True) for f in (A, B, m)]
+    dora_linear(Tensor(np.eye(W.shape[1])), Tensor(W), None, *factors, 1.0, "graph").backward(G.T)
+    pairs = zip(factors, (B.T @ dV, dV @ A.T, dm), strict=True)
+    backward = max(float(np.abs(t.grad - expected).max()) for t, expected in pairs)
+    peaks = {norm: _peak(norm) for norm in ("constant", "graph")}
+    finals = {norm: float(np.mean(train(use_dora=True, dora_norm=norm).losses[-10:])) for norm in peaks}
+    return Evidence(
+        f"Closed form − backward: at most {backward:.1e}; − central differences: {max(differences):.1e}. Of simple "
+        f"operations a 512² layer peaks at {peaks['constant'] / 1e6:.1f} MB with the norm constant, "
+        f"{peaks['graph'] / 1e6:.1f} MB with it in the graph. Loss after training {finals['constant']:.4f} and "
+        f"{finals['graph']:.4f}.",
+        holds=backward < 1e-9 and max(differences) < 1e-5 and peaks["constant"] < peaks["graph"],
+        figures={"backward": backward, "differences": differences, "peak": peaks, "loss": finals},
+    )
+
+
+def _peak(norm: str) -> int:
+    rng = np.random.default_rng(0)
+    x, W, A, B = (Tensor(rng.standard_normal(s).astype("float32")) for s in ((64, 512), (512, 512), (8, 512), (512, 8)))
+    trained = [Tensor(t.data, requires_grad=True) for t in (A, B, Tensor(dora_magnitude(W.data)))]
+    with peak_memory() as peak:
+        dora_composed(x, W, None, *trained, 1.0, norm).sum().backward()
+    return int(peak.bytes)
+
+
+@claim("dora.decoupled", "Magnitude and direction are decoupled.")
+def decoupled() -> Evidence:
+    """The correlation of ΔM and ΔD over layers, after full fine-tuning, LoRA and DoRA (Liu et al. 2024, figure 2)."""
+    dora = train(use_dora=True, base="vit")
+    moves = {
+        "full": [weight_decomposition(W, W + delta) for W, delta in weight_updates(adapt("full")).values()],
+        "LoRA": [weight_decomposition(W, W + delta) for W, delta in weight_updates(adapt("lora")).values()],
+        "DoRA": [
+            weight_decomposition(layer.weight.data, layer.weight.data + layer.delta("default"))
+            for _, layer in dora.model.adapter_layers()
+        ],
+    }
+    correlation = {name: float(np.corrcoef(np.array(pairs).T)[0, 1]) for name, pairs in moves.items()}
+    return Evidence(
+        "Correlation of ΔM and ΔD over the ViT's projections: "
+        + ", ".join(f"{name} {c:+.2f}" for name, c in correlation.items())
+        + ". The paper has −0.62, +0.83 and −0.31 on VL-BART's query weights.",
+        figures={"correlation": correlation, "moves": moves},
+    )
+
+
+@claim("dora.better", "DoRA learns better than LoRA.")
+def better() -> Evidence:
+    """Accuracy and loss by rank over seeds, both at LoRA's learning rate."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for r in (2, 8):
+        for name, use_dora in (("LoRA", False), ("DoRA", True)):
+            runs = [train(r, seed, use_dora=True) if use_dora else train(r, seed) for seed in range(3)]
+            found[f"{name} r={r}"] = {
+                "accuracy": [run.accuracy for run in runs],
+                "loss": [float(np.mean(run.losses[-10:])) for run in runs],
+            }
+    return Evidence(
+        "MLP on shifted digits, 100 steps, 3 seeds, accuracy ± deviation: "
+        + ", ".join(f"{k} {np.mean(v['accuracy']):.1%} ± {np.std(v['accuracy']):.1%}" for k, v in found.items())
+        + ".",
+        figures=found,
+    )
+
+
+@claim("dora.merge", "The weight is merged before use: no latency is left.")
+def merge() -> Evidence:
+    """Outputs and numbers of operations of the merged model against the unmerged and the base."""
+    x = data.digits.transfer().test.x
+    run = train(use_dora=True)
+    apart = run.model(x).data
+    run.model.merge_adapter()
+    together = run.model(x).data
+    run.model.unmerge_adapter()
+    difference = float(np.abs(together - apart).max() / np.abs(apart).max())
+    back = bool((run.model(x).data == apart).all())
+    return Evidence(
+        f"Merged and unmerged float32 logits differ by up to {difference:.1e} of the largest; a merged layer runs its "
+        f"base Linear alone. Unmerged again the logits are {'the same bits' if back else 'changed'}: W is kept.",
+        holds=difference == 0 and back,
+        within=difference < 1e-5 and back,
+        figures={"difference": difference, "returned": back},
+    )
