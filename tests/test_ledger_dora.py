@@ -38,6 +38,6 @@ def test_gradients_without_the_projection_fail_the_gradient_claim(monkeypatch):
     assert section.gradient().verdict == "failed"
 
 
-def test_a_magnitude_of_the_wrong_axis_fails_the_decomposition_claim(monkeypatch):
+def test_a_magnitude_one_percent_too_long_fails_the_decomposition_claim(monkeypatch):
     monkeypatch.setattr(section, "dora_magnitude", lambda W, kind="column": 1.01 * formulas.dora_magnitude(W, kind))
     assert section.decompose().verdict == "failed"
