@@ -447,3 +447,28 @@ def test_a_moved_or_converted_model_computes_the_same(xp):
     expected = outputs(model)
     moved = model.to(xp)
     np.testing.assert_array_equal(to_numpy(moved(Tensor(xp.asarray(X.astype("float32")))).data), expected)
+
+
+def test_qdora_trains_on_codes_and_refuses_to_merge_into_them(tmp_path):
+    from minipeft.models import MLP
+    from minipeft.quant import quantize_model
+
+    def base():
+        return quantize_model(MLP(rng=0))
+
+    x, y = gaussian(16, 64, dtype="float32"), np.arange(16) % 10
+    before = base()(Tensor(x)).data
+    model = get_peft_model(base(), config(r=4))
+    np.testing.assert_array_equal(model(Tensor(x)).data, before)
+    codes = [layer.base_layer.quantized.codes.tobytes() for _, layer in model.adapter_layers()]
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    history = fit(model, [(Tensor(x), y)], steps=20, optimizer=optimizer, progress=False)
+    assert history.loss[-1] < history.loss[0]
+    assert codes == [layer.base_layer.quantized.codes.tobytes() for _, layer in model.adapter_layers()]
+    trained = model(Tensor(x)).data
+    with pytest.raises(ValueError, match="as codes"):
+        model.merge_adapter()
+    assert model.merged_adapters == []
+    np.testing.assert_array_equal(model(Tensor(x)).data, trained)
+    model.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(PeftModel.from_pretrained(base(), tmp_path)(Tensor(x)).data, trained)

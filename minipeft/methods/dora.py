@@ -355,8 +355,8 @@ class DoraLinear(LoraLinear):
         base = whole = self._without(*names)
         for name in names:
             whole = self._adapted(whole, name, base)
-        self.unmerged = W
         self.weight.data = (whole - (base - W)).astype(W.dtype, copy=False) if base is not W else whole.astype(W.dtype)
+        self.unmerged = W
         self.merged.extend(names)
 
     def unmerge(self) -> None:
