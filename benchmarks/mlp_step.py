@@ -3,13 +3,17 @@
 
     python benchmarks/mlp_step.py [ROUNDS]
 
-Peers that are not installed are left out. Each row is the median of alternating rounds, as a ratio to torch's step
-(to minipeft's where torch is missing). HIPS autograd has no optimizer, so it is timed on the gradient alone.
+Peers that are not installed are left out. Each is timed in a process of its own (two libraries in one process disturb
+each other: their idle threads wait by spinning), all in turn, ROUNDS times; a row is the median of the rounds' medians,
+and its ratio to torch's step (to minipeft's where torch is missing). HIPS autograd has no optimizer, so it is timed on
+the gradient alone.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -18,7 +22,7 @@ import numpy as np
 import minipeft
 from minipeft import nn, ops, optim
 from minipeft.doctor import machine_summary
-from minipeft.measure import compare_latency
+from minipeft.measure import latency
 
 SIZES, BATCH = (64, 128, 128, 10), 64
 LAYERS = list(itertools.pairwise(SIZES))
@@ -109,26 +113,42 @@ def numpy_floor() -> Callable[[], None]:
     return step
 
 
+PEERS = {
+    "minipeft, step": minipeft_step,
+    "torch, step": torch_step,
+    "HIPS autograd, gradient alone": autograd_gradient,
+    "NumPy by hand, gradient alone": numpy_floor,
+}
+
+
+def round_of(name: str) -> float | None:
+    """The median seconds of 2,000 steps in a new process; None where the library is not installed."""
+    done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"left out: {name} ({done.stderr.strip().splitlines()[-1]})", file=sys.stderr)
+        return None
+    return float(done.stdout)
+
+
 def main() -> None:
     """Time them and print the table."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
-    steps: dict[str, Callable[[], None]] = {}
-    peers = {
-        "minipeft, step": minipeft_step,
-        "torch, step": torch_step,
-        "HIPS autograd, gradient alone": autograd_gradient,
-        "NumPy by hand, gradient alone": numpy_floor,
-    }
-    for name, make in peers.items():
-        try:
-            steps[name] = make()
-        except ImportError as error:
-            print(f"left out: {name} ({error})", file=sys.stderr)
-    times = compare_latency(steps, repeat=rounds, warmup=200)
-    unit = times.get("torch, step", times["minipeft, step"]).median
+    if sys.argv[1:2] == ["--one"]:
+        print(latency(PEERS[sys.argv[2]](), repeat=2000, warmup=300).median)
+        return
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    times: dict[str, list[float]] = {name: [] for name in PEERS}
+    for _ in range(rounds):
+        for name in list(times):
+            seconds = round_of(name)
+            if seconds is None:
+                del times[name]
+            else:
+                times[name].append(seconds)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    unit = medians.get("torch, step", medians["minipeft, step"])
     print(f"minipeft {minipeft.__version__}, " + ", ".join(f"{k} {v}" for k, v in machine_summary().items() if v))
-    for name, time in times.items():
-        print(f"{name:32} {time.median * 1e6:8.0f} µs   {time.median / unit:5.2f}")
+    for name, median in medians.items():
+        print(f"{name:32} {median * 1e6:8.0f} µs   {median / unit:5.2f}")
 
 
 if __name__ == "__main__":

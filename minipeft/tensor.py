@@ -374,6 +374,9 @@ def _output(op: str, data: Array, parents: Sequence[Tensor], backward: Any, clos
     return out
 
 
+_NO_ARRAYS = {int, float, bool, tuple, type(None), type(np), type(lambda: None)}  # most of what else is captured
+
+
 def _hold(closures: tuple[Callable, ...]) -> Held | None:
     """Hold the arrays that gradient functions captured, read off their cells: no operation can forget one."""
     arrays = []
@@ -381,6 +384,8 @@ def _hold(closures: tuple[Callable, ...]) -> Held | None:
         for cell in closure.__closure__ or ():
             value = cell.cell_contents
             kind = type(value)
+            if kind in _NO_ARRAYS:
+                continue
             if kind is np.ndarray or (hasattr(kind, "nbytes") and not isinstance(value, np.generic)):
                 if type(value.base) is kind:
                     arrays.append(value.base)
