@@ -22,7 +22,7 @@ Seed = Annotated[int, typer.Option(min=0, help="For sampling.")]
 
 @app.command(epilog="[bold]minipeft download smollm2[/]")
 def download(name: Annotated[str, typer.Argument(help=f"What to fetch: {', '.join(MODELS)}.")]) -> None:
-    """Fetch a language model (SmolLM2-135M-Instruct, about 145 MB) into the user's cache, checked by its SHA-256."""
+    """Fetch a language model (SmolLM2-135M-Instruct, 98 MB) into the user's cache, checked by its SHA-256."""
     if name not in MODELS:
         fail(f"name: got {name!r}; accepted are {', '.join(MODELS)}")
     from .models.download import download_smollm2
