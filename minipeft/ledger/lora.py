@@ -101,10 +101,10 @@ def one_zero() -> Evidence:
     stuck = both["gradient"] == 0 and both["loss"][0] == both["loss"][-1]
     learns = b["loss"][-1] < b["loss"][0] and a["loss"][-1] < a["loss"][0]
     return Evidence(
-        f"One zero keeps the output to the bit; none changes it by up to {neither['output_change']:.2f}. But one "
-        f"of them only: with both zero the gradients are {both['gradient']:.0f} and the loss stays "
-        f"{both['loss'][-1]:.3f} for ever (a saddle), while B = 0 falls to {b['loss'][-1]:.3f}. "
-        "With B = 0 the first step moves B alone.",
+        f"With one of them zero the output is the base's to the bit; with none it differs by up to "
+        f"{neither['output_change']:.2f}. But not with both: their gradients are {both['gradient']:.0f} and the loss "
+        f"stays {both['loss'][-1]:.3f} for ever (a saddle), where B = 0 falls to {b['loss'][-1]:.3f}. With B = 0 the "
+        "first step moves B alone.",
         holds=keeps and learns and not stuck,
         within=keeps and first and stuck and learns,
         figures=start,
@@ -467,6 +467,7 @@ def smaller_faster() -> Evidence:
     memory = peaks["lora"] / peaks["full"]
     return Evidence(
         f"Four {width}² layers, batch 128, r = 8, LoRA ÷ full: file {adapter / size:.3f} ({adapter:,} and {size:,} "
-        f"bytes), time of a step {time:.2f}, peak memory that a step adds {memory:.2f}.",
+        f"bytes), time of a step {time:.2f}, peak memory that the first step adds (gradients, optimizer state, "
+        f"activations) {memory:.2f}.",
         figures={"file": adapter / size, "time": time, "peak": memory},
     )
