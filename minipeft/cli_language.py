@@ -1,4 +1,4 @@
-"""The commands for language models: download, generate, chat. Imported by cli.py, which holds the app."""
+"""The commands for language models: download, generate, chat, memory. Imported by cli.py, which holds the app."""
 
 from __future__ import annotations
 
@@ -76,6 +76,38 @@ def chat(
             tokens = network.stream(ids, length, **sampling)
             answer = _show([], tokenizer, (token for token in tokens if token not in tokenizer.stop_ids))
         messages.append({"role": "assistant", "content": answer})
+
+
+@app.command(epilog="[bold]minipeft memory --params 7B --method qlora --seq 512[/]")
+def memory(
+    params: Annotated[str, typer.Option(help="7B, 135M …, or the path of a config.json.")] = "7B",
+    method: Annotated[str, typer.Option(help="full, lora or qlora; all shows them side by side.")] = "all",
+    r: Annotated[int, typer.Option(min=1, help="Rank of the adapters, on all linear layers.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 1,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 512,
+    dtype_bytes: Annotated[int, typer.Option(help="Bytes of a number that is not quantized: 4 or 2.")] = 2,
+    optimizer: Annotated[str, typer.Option(help="sgd, momentum, adam, adamw or amsgrad.")] = "adamw",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Blocks keep only their input.")] = False,
+) -> None:
+    """What fine-tuning a language model of any size needs in memory, part by part, by formula."""
+    from rich.table import Table
+
+    from .measure import estimate_memory, format_bytes
+
+    methods = ("full", "lora", "qlora") if method == "all" else (method,)
+    options = {"batch": batch, "seq": seq, "dtype_bytes": dtype_bytes, "optimizer": optimizer}
+    with user_errors():
+        reports = [estimate_memory(params, m, r=r, checkpointing=checkpointing, **options) for m in methods]
+    table = Table(f"{params}, batch {batch}, {seq} tokens", *methods)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in ("weights", "gradients", "optimizer", "activations", "total"):
+        table.add_row(
+            part, *[format_bytes(getattr(report, part)) for report in reports], end_section=part == "activations"
+        )
+    out.print(table)
+    kept = "inputs of blocks alone are kept (checkpointing)" if checkpointing else "all activations are kept"
+    out.print(f"{dtype_bytes} bytes a number, QLoRA's frozen weights 4.127 bits; {optimizer}, r = {r}; {kept}.")
 
 
 def _ask() -> str | None:

@@ -13,6 +13,7 @@ pytest.importorskip("gguf")
 from test_tokenizer import write_gguf
 
 from minipeft import LoraConfig, cli, get_peft_model, load_tokenizer, save_model
+from minipeft.measure import estimate_memory, format_bytes
 from minipeft.models import download
 from minipeft.models.llama import Llama
 from minipeft.models.llama_config import LlamaConfig
@@ -79,6 +80,8 @@ def test_a_conversation_longer_than_the_context_is_a_clear_error(model):
         (("download", "gpt5"), "accepted are smollm2"),
         (("generate", "hi", "--model", "nowhere"), "nowhere: no such directory"),
         (("generate", "hi", "--temperature", "-1"), "temperature"),
+        (("memory", "--params", "huge"), "got 'huge'"),
+        (("memory", "--method", "dora"), "accepted are 'full', 'lora', 'qlora'"),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(arguments, words):
@@ -96,3 +99,16 @@ def test_without_a_network_download_says_so(monkeypatch):
     result = run("download", "smollm2")
     assert result.exit_code == 2
     assert "offline" in result.output
+
+
+def test_memory_prints_the_formula_s_parts_for_each_method():
+    result = run("memory", "--params", "7B", "--seq", "512")
+    assert result.exit_code == 0, result.output
+    for method in ("full", "lora", "qlora"):
+        assert format_bytes(estimate_memory("7B", method, seq=512, dtype_bytes=2).total) in result.output
+
+
+def test_checkpointing_needs_less_memory():
+    plain, less = (run("memory", "--method", "qlora", *option).output for option in ((), ("--checkpointing",)))
+    assert "6.26 GiB" in plain
+    assert "3.96 GiB" in less
