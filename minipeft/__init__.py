@@ -9,6 +9,7 @@ from .tensor import Tensor, no_grad
 
 if TYPE_CHECKING:
     from . import methods, rank
+    from .checkpointing import checkpoint
     from .gradient_check import gradcheck
     from .methods.lora import LoraConfig
     from .methods.lora_pro import LoraProConfig
@@ -24,6 +25,7 @@ __all__ = [
     "PeftModel",
     "Tensor",
     "backend",
+    "checkpoint",
     "fit",
     "get_peft_model",
     "gradcheck",
@@ -44,6 +46,7 @@ LATER = {
     "LoraConfig": "methods.lora",
     "LoraProConfig": "methods.lora_pro",
     "PeftModel": "peft",
+    "checkpoint": "checkpointing",
     "fit": "train",
     "get_peft_model": "peft",
     "gradcheck": "gradient_check",

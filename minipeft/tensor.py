@@ -38,6 +38,14 @@ class no_grad(contextlib.ContextDecorator):  # noqa: N801 - PyTorch's name
         *self._outer, _grad_enabled = self._outer
 
 
+class enable_grad(no_grad):  # noqa: N801 - PyTorch's name
+    """Build graphs inside, even within `no_grad`."""
+
+    def __enter__(self) -> None:
+        global _grad_enabled
+        self._outer, _grad_enabled = (*getattr(self, "_outer", ()), _grad_enabled), True
+
+
 def is_grad_enabled() -> bool:
     """False inside `no_grad()`."""
     return _grad_enabled
@@ -386,8 +394,10 @@ def _hold(closures: tuple[Callable, ...]) -> Held | None:
             kind = type(value)
             if kind in _NO_ARRAYS:
                 continue
-            if kind is np.ndarray or (hasattr(kind, "nbytes") and not isinstance(value, np.generic)):
-                if type(value.base) is kind:
-                    arrays.append(value.base)
-                arrays.append(value)
+            for array in value if kind is list else (value,):
+                kind = type(array)
+                if kind is np.ndarray or (hasattr(kind, "nbytes") and not isinstance(array, np.generic)):
+                    if type(array.base) is kind:
+                        arrays.append(array.base)
+                    arrays.append(array)
     return Held(arrays) if arrays else None
