@@ -229,9 +229,11 @@ def _convert(value: Any, device: Any, dtype: Any) -> Any:
 
 
 def _is_dtype(x: Any) -> bool:
+    if isinstance(x, ModuleType):  # an array library has an attribute `dtype`, of which older NumPy makes a dtype
+        return False
     try:
         return np.dtype(x).name != "object"
-    except (TypeError, ValueError):  # ValueError: a module that has an attribute `dtype`, as array libraries do
+    except TypeError:
         return False
 
 
@@ -247,7 +249,7 @@ def closest(name: str, existing: Iterable[str]) -> str:
     """A sentence that names the existing names nearest to one that does not exist."""
     import difflib
 
-    existing = [e for e in existing if e]
+    existing = [e for e in dict.fromkeys(existing) if e]
     near = difflib.get_close_matches(name, existing, n=5, cutoff=0.4) or existing[:8]
     return f"closest are {', '.join(map(repr, near))}" if near else "there are none"
 
