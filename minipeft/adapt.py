@@ -5,11 +5,8 @@ Left to its defaults it is the run that the ledger judges and the figures show (
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -17,38 +14,13 @@ from rich.table import Table
 
 from . import files, optim
 from .data import digits
-from .ledger.runs import BATCH, LEARNING_RATE, STEPS, accuracy
-from .methods.lora import LoraConfig
-from .methods.lora_pro import LoraProConfig
+from .ledger.runs import BATCH, STEPS, accuracy
 from .models import BASES, load_base
 from .nn import Module
-from .peft import PeftModel, get_peft_model
-from .train import CHECKPOINT, fit
+from .peft import PeftModel
+from .recipes import METHODS, Choice, prepared
+from .train import CHECKPOINT, classification_loss, fit
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """A method: its config from r, α and targets (None: all weights but the output head train), and a learning rate."""
-
-    config: Callable[[int, float, str | list[str]], Any] | None
-    lr: float
-
-
-def _lora(r: int, alpha: float, targets: str | list[str], **variant: Any) -> LoraConfig:
-    return LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, **variant)
-
-
-def _lora_pro(r: int, alpha: float, targets: str | list[str]) -> LoraConfig:
-    return LoraProConfig(r=r, lora_alpha=alpha, target_modules=targets)
-
-
-METHODS = {
-    "full": Recipe(None, LEARNING_RATE["full"]),
-    "lora": Recipe(_lora, LEARNING_RATE["lora"]),
-    "rslora": Recipe(partial(_lora, use_rslora=True), LEARNING_RATE["lora"]),
-    "dora": Recipe(partial(_lora, use_dora=True), LEARNING_RATE["lora"]),
-    "lora-pro": Recipe(_lora_pro, LEARNING_RATE["lora"]),  # of 1, 2, 5, 10, 20 ·1e-3 the best here too
-}
 RUN = "run.json"
 
 
@@ -87,15 +59,16 @@ class Settings:
             self.alpha = 2.0 * self.r if self.alpha is None else self.alpha
             self.targets = self.targets or "all-linear"
 
-    def adapter(self) -> Any:
-        """The config of the adapter, or None where the weights themselves train.
+    def choice(self) -> Choice:
+        """What the method's recipe is given.
 
-        A regular expression is passed on as it is; names with commas become a list, as `LoraConfig` takes them.
+        Targets that are a regular expression are passed on as they are; names with commas become a list.
         """
-        config, targets = METHODS[self.method].config, self.targets or ""
+        targets = self.targets or "all-linear"
         pattern = targets.lower() in ("all-linear", "all") or any(sign in targets for sign in "*+?[(|^$\\")
         names = targets if pattern else [name.strip() for name in targets.split(",")]
-        return config(self.r, self.alpha, names) if config else None
+        given = {} if self.r is None else {"r": self.r, "alpha": self.alpha}
+        return Choice(targets=names, steps=self.steps, **given)
 
 
 def run(settings: Settings, directory: Path, resume: bool, console: Console) -> None:
@@ -111,8 +84,7 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console) -> 
     batches = digits.batches(*task.train, batch_size=settings.batch_size, seed=settings.seed)
     model = load_base(settings.model)
     size, before = sum(p.size for p in model.parameters()), _accuracies(model, task)
-    config = settings.adapter()
-    model = get_peft_model(model, config, seed=settings.seed) if config else _all_but_the_head(model)
+    model = prepared(model, settings.method, settings.choice(), settings.seed, batches, classification_loss)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = optim.AdamW(trainable, lr=settings.lr)
     if resume:
@@ -151,13 +123,6 @@ def _check_same_run(settings: Settings, directory: Path, console: Console) -> No
         raise ValueError(f"--resume: the run in {directory} has {shown}; use its settings, or another --out")
     if settings.steps < earlier["steps"]:
         raise ValueError(f"--resume: the run in {directory} has {earlier['steps']} steps; as many or more are accepted")
-
-
-def _all_but_the_head(model: Module) -> Module:
-    """Full fine-tuning; the output head stays, as it does under LoRA, so that the two are comparable."""
-    model.requires_grad_(True)
-    model.get_submodule(model.output_head).requires_grad_(False)
-    return model
 
 
 def _accuracies(model: Module, task: digits.Task) -> list[float]:

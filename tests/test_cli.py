@@ -166,7 +166,7 @@ def test_options_reach_the_adapter():
     ],
 )
 def test_targets_are_names_or_a_regular_expression(text: str, targets: str | list[str]):
-    assert adapt.Settings(targets=text).adapter().target_modules == targets
+    assert adapt.Settings(targets=text).choice().targets == targets
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others():

@@ -10,7 +10,6 @@ from scipy.linalg import solve_sylvester
 
 import minipeft
 from minipeft import LoraConfig, LoraProConfig, Tensor, fit, get_peft_model, no_grad
-from minipeft.adapt import METHODS
 from minipeft.backend import count_flops, to_numpy
 from minipeft.data import digits
 from minipeft.methods.lora_pro import adam_direction, equivalent_gradient, lora_pro_gradients
@@ -18,6 +17,7 @@ from minipeft.models import load_base
 from minipeft.nn import Linear, ReLU, Sequential
 from minipeft.optim import SGD, Adam, AdamW
 from minipeft.peft import PeftModel
+from minipeft.recipes import METHODS, Choice
 
 
 def gaussian(*shape, seed=0, dtype="float64"):
@@ -402,7 +402,7 @@ def test_the_saved_config_is_the_one_that_lora_saves():
 
 
 def test_minipeft_train_knows_the_method():
-    config = METHODS["lora-pro"].config(4, 8.0, "all-linear")
+    config = METHODS["lora-pro"].config(Choice(4, 8.0))
     assert config == LoraProConfig(r=4, lora_alpha=8.0)
 
 

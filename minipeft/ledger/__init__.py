@@ -7,12 +7,38 @@ held. The verdict follows from that by one rule (`Evidence.verdict`); no verdict
 from __future__ import annotations
 
 import importlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-SECTIONS = ("LoRA", "DoRA", "LoRA-Pro")  # in the document's order; the module of each is named after it in lower case
+# The contents, in the document's order: each section's modules, and the ids of its claims.
+MODULES = {
+    "LoRA": ("lora", "others"),
+    "QLoRA": ("qlora",),
+    "AdaLoRA": ("adalora",),
+    "LoRA-GA": ("lora_ga",),
+    "DoRA": ("dora",),
+    "LoRA-Pro": ("lora_pro",),
+}
+SECTIONS = tuple(MODULES)
+ORDER = """
+    lora.low-rank lora.frozen lora.identity-at-init lora.one-zero lora.two-nonzero lora.latency lora.merge
+    lora.row-column-rank lora.svd-low-dim lora.overparameterized lora.memory-parts lora.forward-flops
+    lora.backward-flops lora.not-train-efficient lora.all-linear lora.early-movement lora.smaller-faster
+    lora.hybrid
+    qlora.nf4-table qlora.nf4-error qlora.storage qlora.dynamic-dequant qlora.forward qlora.backward
+    qlora.static-quant qlora.4bit-arithmetic qlora.requantize qlora.speed qlora.batch qlora.7b qlora.quality
+    qlora.low-bits qlora.error-compensation qlora.same-adapter qlora.merge qlora.inference-dequant qlora.paged
+    qlora.8bit qlora.double-quant
+    adalora.svd-form adalora.orthogonal adalora.importance adalora.prune adalora.reallocate adalora.overhead
+    adalora.params adalora.regularize adalora.uniform adalora.sensitive
+    loraga.name loraga.accumulation loraga.accumulation-memory loraga.accumulate-adapters loraga.alignment
+    loraga.start loraga.convergence
+    dora.decompose dora.scalar dora.update dora.trainable dora.gradient dora.decoupled dora.better dora.merge
+    lorapro.equivalence lorapro.optimal lorapro.x-free lorapro.sylvester lorapro.descent lorapro.gap lorapro.cost
+""".split()  # noqa: SIM905 - one line a section reads better
 
 
 @dataclass(frozen=True)
@@ -86,15 +112,12 @@ def claim(id: str, statement: str, full: bool = False) -> Callable[[Callable[[],
     """Put a check into the ledger; `full` for one that needs the real language model (`minipeft verify --full`)."""
 
     def register(check: Callable[[], Evidence]) -> Callable[[], Evidence]:
-        section = next(s for s in SECTIONS if _module(s) == check.__module__.rpartition(".")[2])
+        module = check.__module__.rpartition(".")[2]
+        section = next(section for section, modules in MODULES.items() if module in modules)
         _claims[id] = Claim(id, section, statement, check, full)
         return check
 
     return register
-
-
-def _module(section: str) -> str:
-    return section.lower().replace("-", "_")
 
 
 def claims(sections: Sequence[str] = (), full: bool = False) -> list[Claim]:
@@ -106,8 +129,8 @@ def claims(sections: Sequence[str] = (), full: bool = False) -> list[Claim]:
     Raises:
         ValueError: a name that is neither.
     """
-    for section in SECTIONS:
-        importlib.import_module(f".{_module(section)}", __name__)
+    for module in itertools.chain(*MODULES.values()):
+        importlib.import_module(f".{module}", __name__)
     names = {section.lower() for section in SECTIONS} | _claims.keys()
     for wanted in sections:
         if wanted.lower() not in names:
@@ -117,7 +140,7 @@ def claims(sections: Sequence[str] = (), full: bool = False) -> list[Claim]:
     chosen = {wanted.lower() for wanted in sections}
     return [
         c
-        for c in _claims.values()
+        for c in sorted(_claims.values(), key=lambda c: ORDER.index(c.id))
         if (full or not c.full) and (not chosen or c.section.lower() in chosen or c.id in chosen)
     ]
 

@@ -25,10 +25,11 @@ from ..models import load_base
 from ..models.pretrain import accuracy
 from ..nn import Module
 from ..peft import get_peft_model
+from ..recipes import METHODS
 from ..tensor import Tensor
 from ..train import Progress, fit
 from . import Evidence, claim
-from .runs import BATCH, LEARNING_RATE, adapt, weight_updates
+from .runs import BATCH, adapt, weight_updates
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def train(r: int = 8, seed: int = 0, base: str = "mlp", steps: int = 100, **opti
     model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, **options), seed=seed)
     errors: list[float] = []
     frozen: list[int] = []
-    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE["lora"])
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=METHODS["dora"].lr)
     batches = data.digits.batches(*task.train, batch_size=BATCH, seed=seed)
     watch = _watch(errors, frozen)
     history = fit(model, batches, steps=steps, optimizer=optimizer, callbacks=[watch], progress=False)

@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 
 from .. import data, optim
-from ..methods.lora import LoraConfig
 from ..models import load_base
 from ..models.pretrain import accuracy
 from ..nn import Module
-from ..peft import get_peft_model
-from ..train import History, Progress, fit
+from ..recipes import METHODS, Choice, prepared
+from ..train import History, Progress, classification_loss, fit
 
 STEPS, BATCH = 200, 64
-LEARNING_RATE = {"full": 3e-3, "lora": 5e-3}  # the best on the validation digits, of 1, 3, 6 and 5, 10, 20 ·1e-3
 
 
 @dataclass(frozen=True)
@@ -44,25 +42,17 @@ class Run:
 
 @functools.cache
 def adapt(method: str = "lora", base: str = "vit", r: int = 8, seed: int = 0, steps: int = STEPS) -> Run:
-    """Adapt a pre-trained base to the shifted digits by "full" fine-tuning (the head stays, as in LoRA) or "lora"."""
+    """Adapt a pre-trained base to the shifted digits by one of `recipes.METHODS`, with its learning rate."""
     task, model = data.digits.transfer(), load_base(base)
     before = {name: array.copy() for name, array in model.state_dict().items()}
     start = accuracy(model, *task.test)
-    model = _prepared(model, method, r, seed)
+    batches = data.digits.batches(*task.train, batch_size=BATCH, seed=seed)
+    model = prepared(model, method, Choice(r, 2.0 * r, steps=steps), seed, batches, classification_loss)
     movement, seen = [], []
     watch = _watch_movement(model, movement) if method == "full" else _watch_frozen(seen)
-    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE[method])
-    batches = data.digits.batches(*task.train, batch_size=BATCH, seed=seed)
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=METHODS[method].lr)
     history = fit(model, batches, steps=steps, optimizer=optimizer, callbacks=[watch], progress=False)
     return Run(model, before, history, movement, sum(seen), (start, accuracy(model.eval(), *task.test)))
-
-
-def _prepared(model: Module, method: str, r: int, seed: int) -> Module:
-    if method == "lora":
-        return get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r), seed=seed)
-    model.requires_grad_(True)
-    model.get_submodule(model.output_head).requires_grad_(False)
-    return model
 
 
 def _watch_movement(model: Module, movement: list[float]) -> Callable[[Progress], None]:

@@ -1,0 +1,1 @@
+"""The claims of the document's LoRA-GA section."""

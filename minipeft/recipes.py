@@ -1,0 +1,66 @@
+"""How each method is trained here: its config from the usual choices, and its learning rate.
+
+One table for `minipeft train`, the ledger, the comparison and the benchmarks, under the names of the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .methods.lora import LoraConfig
+from .methods.lora_pro import LoraProConfig
+from .nn import Module
+from .peft import get_peft_model
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run chooses for its adapters: rank, α (the update is scaled by α/r), target layers, optimizer steps."""
+
+    r: int = 8
+    alpha: float = 16.0
+    targets: str | list[str] = "all-linear"
+    steps: int = 200
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method's config (None: all weights but the output head train), and its learning rate on the digits.
+
+    The learning rates are the best on the validation digits of those that are named beside them.
+    """
+
+    config: Callable[[Choice], Any] | None
+    lr: float
+
+
+def _lora(c: Choice, **variant: Any) -> LoraConfig:
+    return LoraConfig(r=c.r, lora_alpha=c.alpha, target_modules=c.targets, **variant)
+
+
+def _lora_pro(c: Choice, **variant: Any) -> LoraProConfig:
+    return LoraProConfig(r=c.r, lora_alpha=c.alpha, target_modules=c.targets, **variant)
+
+
+METHODS = {
+    "full": Recipe(None, 3e-3),  # 1, 3, 6 ·1e-3
+    "lora": Recipe(_lora, 5e-3),  # 5, 10, 20 ·1e-3
+    "rslora": Recipe(lambda c: _lora(c, use_rslora=True), 5e-3),
+    "dora": Recipe(lambda c: _lora(c, use_dora=True), 5e-3),
+    "lora-pro": Recipe(_lora_pro, 5e-3),  # 1, 2, 5, 10, 20 ·1e-3
+}
+
+
+def prepared(
+    model: Module, method: str, choice: Choice, seed: int = 0, batches: Any = None, loss_fn: Any = None
+) -> Module:
+    """The model as `method` trains it: with its adapters, or, for "full", with all weights but the output head free."""
+    recipe = METHODS[method]
+    if recipe.config is not None:
+        return get_peft_model(model, recipe.config(choice), batches, loss_fn, seed=seed)
+    model.requires_grad_(True)
+    if model.output_head:  # it stays as it does under LoRA, so that the two are comparable
+        model.get_submodule(model.output_head).requires_grad_(False)
+    return model
