@@ -16,7 +16,7 @@ from typing import Any
 # The contents, in the document's order: each section's modules, and the ids of its claims.
 MODULES = {
     "LoRA": ("lora", "others"),
-    "QLoRA": ("qlora",),
+    "QLoRA": ("qlora_codes",),
     "AdaLoRA": ("adalora",),
     "LoRA-GA": ("lora_ga",),
     "DoRA": ("dora",),

@@ -1,1 +1,0 @@
-"""The claims of the document's QLoRA section."""

@@ -1,0 +1,260 @@
+"""The claims of the document's QLoRA section about codes: what 4 and 8 bits keep of a weight, and what they take."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from scipy.special import ndtri
+
+from ..measure import memory_report, nf4_bytes
+from ..models import load_base
+from ..nn import Linear
+from ..quant import Linear4bit, Linear8bit, codes, dequantize_rows, llm_int8, quantize_rows
+from ..quant.codes import normal_float_steps, table_of
+from ..quant.nf4 import (
+    bits_per_parameter,
+    block_maxima,
+    dequantize,
+    double_quantize,
+    nf4_table,
+    quantize,
+    quantize_int8,
+    quantize_nf4,
+)
+from . import Evidence, claim
+
+CODES = ("nf4", "fp4", "int4")
+BLOCKSIZES = (32, 64, 256, 1024, 4096)
+
+
+@functools.cache
+def normal_weights() -> np.ndarray:
+    """512² numbers from N(0, 0.02²), about as language models' weights are spread."""
+    return (0.02 * np.random.default_rng(0).standard_normal((512, 512))).astype("float32")
+
+
+@functools.cache
+def trained_weights() -> np.ndarray:
+    """The twelve projections of the pre-trained ViT, one after the other: 36,864 numbers.
+
+    Each projection's size is a multiple of 256, so that blocks up to there hold numbers of one matrix only.
+    """
+    state = load_base("vit").state_dict()
+    return np.concatenate([W.reshape(-1) for name, W in state.items() if name.endswith("proj.weight")])
+
+
+def relative_error(W: np.ndarray, back: np.ndarray) -> float:
+    """Mean square of W − back ÷ mean square of W."""
+    return float(((W - back) ** 2).sum(dtype="float64") / (W**2).sum(dtype="float64"))
+
+
+@claim("qlora.nf4-table", "NF4 is a non-uniform 4-bit code, made for normally distributed weights.")
+def nf4_is_normal() -> Evidence:
+    """The table derived from normal quantiles against the published constants; its steps."""
+    steps, published, derived = normal_float_steps(4), nf4_table(), nf4_table(derived=True)
+    difference = np.abs(published.astype("float64") - derived)
+    # The constants come from float32 probabilities, as PyTorch spaces them: the same derivation then gives their bits
+    p = [codes._linspace(steps.offset, 0.5, n)[:-1].astype("float64") for n in (9, 8)]
+    values = np.sort(np.concatenate([-ndtri(p[1]), [0.0], ndtri(p[0])])).astype("float32")
+    exact = int((values / values.max() == published).sum())
+    gaps = np.diff(published)
+    return Evidence(
+        f"Sixteen numbers from the quantiles of N(0, 1) up to p = {steps.offset} differ from the published ones by at "
+        f"most {difference.max():.1e} ({int((difference > 0).sum())} in their last bits; from probabilities in float32 "
+        f"{exact} of 16 are the same bits). Steps are {gaps.min():.3f} near zero and {gaps.max():.3f} at the "
+        "ends.",
+        holds=float(difference.max()) <= 1.2e-7 and exact == 16 and float(gaps.max()) > 2 * float(gaps.min()),
+        figures={
+            "published": published.tolist(),
+            "derived": derived.tolist(),
+            "largest_difference": float(difference.max()),
+            "equal_bits_from_float32_probabilities": exact,
+            "gaps": gaps.tolist(),
+        },
+    )
+
+
+# --- the error of a code ----------------------------------------------------------------------------------------------
+
+
+@claim("qlora.nf4-error", "NF4 loses the least information.")
+def nf4_error() -> Evidence:
+    """Error and code entropy of three codes on normal and on trained weights by block size; the best code for each."""
+    found = {
+        name: {size: _errors(W, size) for size in BLOCKSIZES}
+        for name, W in (("normal", normal_weights()), ("trained", trained_weights()))
+    }
+    cases = [case for by_size in found.values() for case in by_size.values()]
+    least = sum(case["error"]["nf4"] < min(case["error"]["fp4"], case["error"]["int4"]) for case in cases)
+    excess = {name: [case["error"]["nf4"] / case["lloyd_max"] - 1 for case in found[name].values()] for name in found}
+    usual, wide = found["normal"][64], found["normal"][4096]
+    error = usual["error"]
+    entropy = {name: [case["entropy"]["nf4"] for case in by_size.values()] for name, by_size in found.items()}
+    return Evidence(
+        f"Smallest squared error of the three in {least} of {len(cases)} cases; normal weights, blocks of 64: NF4 "
+        f"{error['nf4']:.4f} of ‖W‖², FP4 {error['fp4']:.4f}, INT4 {error['int4']:.4f}, codes of "
+        f"{usual['entropy']['nf4']:.2f}, {usual['entropy']['fp4']:.2f}, {usual['entropy']['int4']:.2f} bits entropy. "
+        f"But it is no optimum: a Lloyd–Max code has {usual['lloyd_max']:.4f}, and in blocks of 4096 "
+        f"{wide['lloyd_max']:.4f} where NF4 has {wide['error']['nf4']:.4f}.",
+        holds=all(e <= 0.01 for values in excess.values() for e in values),
+        within=least == len(cases),
+        figures={
+            **{name: {str(size): case for size, case in by_size.items()} for name, by_size in found.items()},
+            "nf4_above_lloyd_max": excess,
+            "nf4_entropy": entropy,
+        },
+    )
+
+
+def _errors(W: np.ndarray, blocksize: int) -> dict[str, Any]:
+    """Relative squared error and entropy in bits of each code, and the error of the Lloyd–Max code for these blocks."""
+    quantized = {code: quantize(W, code, blocksize) for code in CODES}
+    maxima = np.repeat(quantized["nf4"].absmax, blocksize)[: W.size].astype("float64")
+    scaled = np.where(maxima > 0, W.reshape(-1) / np.where(maxima > 0, maxima, 1), 0)
+    best = lloyd_max(scaled, maxima**2)
+    return {
+        "error": {code: relative_error(W, dequantize(q)) for code, q in quantized.items()},
+        "entropy": {code: code_entropy(scaled, table_of(code)) for code in CODES},
+        "lloyd_max": relative_error(W.reshape(-1), maxima * nearest(scaled, best)),
+    }
+
+
+def nearest(x: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The table's number that is nearest to each x; the table ascends."""
+    return table[np.searchsorted((table[:-1] + table[1:]) / 2, x)]
+
+
+def code_entropy(scaled: np.ndarray, table: np.ndarray) -> float:
+    """−Σ p log₂ p over how often each number of the table is used: 4 where sixteen are used equally often."""
+    levels = np.unique(table)  # FP4 has two zeros, and its bit patterns do not ascend
+    counts = np.bincount(np.searchsorted((levels[:-1] + levels[1:]) / 2, scaled.reshape(-1)), minlength=len(levels))
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log2(p)).sum())
+
+
+def lloyd_max(scaled: np.ndarray, weight: np.ndarray, levels: int = 16, bins: int = 8192) -> np.ndarray:
+    """The `levels` numbers with the least Σ weight·(scaled − nearest)², for scaled in [−1, 1]. Lloyd 1982, Max 1960.
+
+    In turn, numbers ← means of what is nearest to them, from NF4's on: each turn can only lower the error. The sums run
+    over a histogram's bins. A block's error counts with its squared maximum, as it does in W.
+    """
+    bin_of = np.minimum(((scaled + 1) * (bins / 2)).astype(int), bins - 1)
+    mass = np.concatenate([[0.0], np.cumsum(np.bincount(bin_of, weight, bins))])
+    moment = np.concatenate([[0.0], np.cumsum(np.bincount(bin_of, weight * scaled, bins))])
+    numbers = nf4_table().astype("float64")
+    for _ in range(300):
+        edges = np.rint(((numbers[:-1] + numbers[1:]) / 2 + 1) * (bins / 2)).astype(int)
+        edges = np.concatenate([[0], edges, [bins]])
+        inside, sums = np.diff(mass[edges]), np.diff(moment[edges])
+        numbers = np.where(inside > 0, sums / np.where(inside > 0, inside, 1), numbers)
+    return numbers
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@claim("qlora.storage", "Weights are stored in 4 bits.")
+def storage() -> Evidence:
+    """Bits a weight from the live arrays of a layer, by block size, with and without double quantization."""
+    linear = Linear(1024, 1024, bias=False, rng=0)
+    single, double = {}, {}
+    for size in (64, 128, 256):
+        for bits, nested in ((single, False), (double, True)):
+            layer = Linear4bit.from_linear(linear, blocksize=size, double_quant=nested)
+            bits[size] = 8 * memory_report(layer).weights / linear.weight.size
+    full = 8 * memory_report(linear).weights / linear.weight.size
+    formula = 8 * nf4_bytes(linear.weight.size) / linear.weight.size
+    right = all(abs(single[size] - (4 + 32 / size)) < 1e-9 for size in single) and double[64] == formula
+    return Evidence(
+        f"Live bytes of a 1024² layer: codes and scales take {single[64]:.3f} bits a weight in blocks of 64 "
+        f"(4 + 32/64), {double[64]:.3f} with the block maxima quantized too, instead of {full:.0f}: "
+        f"{full / double[64]:.2f} times smaller than float32. 4 bits are the codes alone.",
+        holds=right and 4 < double[64] < single[64] < 5,
+        figures={
+            "single": {str(k): v for k, v in single.items()},
+            "double": {str(k): v for k, v in double.items()},
+            "formula": formula,
+        },
+    )
+
+
+@claim("qlora.double-quant", "(paper) The block maxima are quantized as well.")
+def double_quantization() -> Evidence:
+    """Bytes saved by the second level and the error that it adds, on normal and on trained weights."""
+    found = {name: _second_level(W) for name, W in (("normal", normal_weights()), ("trained", trained_weights()))}
+    normal, trained = found["normal"], found["trained"]
+    matrices = 6_476_005_376  # the weights in a 7B Llama's blocks
+    saved = matrices * 4 / 64 - (nf4_bytes(matrices) - matrices // 2)
+    return Evidence(
+        f"{normal['saved']:.3f} bits a weight are saved ({saved / 1e9:.2f} GB of a 7B model), and the squared error "
+        f"grows by {normal['error_ratio'] - 1:.2%} on normal weights and {trained['error_ratio'] - 1:.2%} on trained "
+        f"ones: the block maxima themselves are off by {normal['maxima']:.2%} and {trained['maxima']:.2%} of their "
+        "size (root mean square).",
+        holds=normal["saved"] > 0.37 and all(1 <= case["error_ratio"] < 1.05 for case in found.values()),
+        figures={**found, "saved_bytes_7b": saved},
+    )
+
+
+def _second_level(W: np.ndarray) -> dict[str, float]:
+    once = quantize_nf4(W)
+    twice = double_quantize(once)
+    return {
+        "saved": bits_per_parameter(once) - bits_per_parameter(twice),
+        "error_once": relative_error(W, dequantize(once)),
+        "error_twice": relative_error(W, dequantize(twice)),
+        "error_ratio": relative_error(W, dequantize(twice)) / relative_error(W, dequantize(once)),
+        "maxima": relative_error(once.absmax, block_maxima(twice)) ** 0.5,
+    }
+
+
+# --- eight bits -------------------------------------------------------------------------------------------------------
+
+
+@claim("qlora.8bit", "8-bit quantization is the alternative to 4 bits.")
+def eight_bits() -> Evidence:
+    """Blockwise int8 and LLM.int8(): error and bytes; products with and without outlier columns in the input."""
+    W = normal_weights()
+    weight = {
+        "NF4": (relative_error(W, dequantize(quantize_nf4(W))), bits_per_parameter(quantize_nf4(W))),
+        "dynamic": _error_and_bits(quantize_int8(W, 256), W),
+        "linear": _error_and_bits(quantize_int8(W, 256, code="linear"), W),
+    }
+    rows = quantize_rows(W)
+    weight["rows"] = (relative_error(W, dequantize_rows(rows)), 8 * rows.nbytes / W.size)
+    live = 8 * memory_report(Linear8bit.from_linear(Linear(512, 512, bias=False, rng=0))).weights / W.size
+    products = {f"{kind} inputs": _products(W, outliers) for kind, outliers in (("even", 0), ("outlying", 4))}
+    even, outlying = products["even inputs"], products["outlying inputs"]
+    e = {name: error**0.5 for name, (error, _) in weight.items()}
+    return Evidence(
+        f"Relative error of normal weights {e['dynamic']:.2%} (dynamic code, blocks of 256), {e['linear']:.2%} (linear "
+        f"code), {e['rows']:.2%} (int8 rows) against NF4's {e['NF4']:.1%}, for {weight['dynamic'][1]:.2f} bits instead "
+        f"of {weight['NF4'][1]:.1f}. LLM.int8() products: {even['threshold']:.2%} off; with 4 outlying columns in the "
+        f"input {outlying['threshold']:.2%}, but {outlying['no threshold']:.1%} if those go through int8 too.",
+        holds=all(e[name] < e["NF4"] / 4 for name in ("dynamic", "linear", "rows"))
+        and abs(live - weight["dynamic"][1]) < 1e-9
+        and outlying["threshold"] < 0.02 < outlying["no threshold"],
+        figures={
+            "weight": {name: {"relative_error": e[name], "bits": bits} for name, (_, bits) in weight.items()},
+            "products": products,
+        },
+    )
+
+
+def _error_and_bits(q: Any, W: np.ndarray) -> tuple[float, float]:
+    return relative_error(W, dequantize(q)), bits_per_parameter(q)
+
+
+def _products(W: np.ndarray, outliers: int) -> dict[str, float]:
+    """Relative error of X Wᵀ by LLM.int8(), where some columns of X are forty times as large as the others."""
+    X = np.random.default_rng(1).standard_normal((64, W.shape[1])).astype("float32")
+    X[:, :outliers] *= 40
+    X = np.where(np.arange(W.shape[1]) < outliers, X, np.clip(X, -4, 4))
+    exact = X.astype("float64") @ W.T.astype("float64")
+    # The outlying columns' own share of Y is large and exact with the threshold; the error is judged beside the rest.
+    rest = X[:, outliers:].astype("float64") @ W[:, outliers:].T.astype("float64")
+    return {
+        name: float(np.linalg.norm(llm_int8(X, W, threshold) - exact) / np.linalg.norm(rest))
+        for name, threshold in (("threshold", 6.0), ("no threshold", 0.0))
+    }
