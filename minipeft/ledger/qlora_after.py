@@ -1,0 +1,104 @@
+"""The claims of the document's QLoRA section about what comes after training: adapters, merging, inference."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from .. import data, nn
+from ..adapter_files import read_adapter
+from ..models import load_base
+from ..models.pretrain import accuracy
+from ..nn import Module
+from ..peft import PeftModel
+from ..quant import Linear4bit, dequantize_model, quantize_model
+from ..quant.blockwise import block_maxima
+from ..quant.codes import unpack
+from ..tensor import no_grad
+from . import Evidence, claim
+from .qlora_steps import dequantizations
+from .qlora_training import coded_layers, train
+
+
+@claim("qlora.same-adapter", "The adapters of LoRA and QLoRA have the same structure.")
+def same_adapter() -> Evidence:
+    """Files of both: names, shapes, dtypes, config; each loaded into the other's base."""
+    runs = {"lora": train(None), "qlora": train("nf4")}
+    test, stored, exchanged, sizes = data.digits.transfer().test, {}, {}, {}
+    with tempfile.TemporaryDirectory() as directory:
+        for kind, run in runs.items():
+            path = Path(directory) / kind
+            run.model.save_pretrained(path)
+            stored[kind] = read_adapter(path)
+            sizes[kind] = {file.name: file.stat().st_size for file in path.iterdir()}
+        for base, adapter in (("lora", "qlora"), ("qlora", "lora")):
+            model = load_base("mlp")
+            model = PeftModel.from_pretrained(
+                quantize_model(model) if base == "qlora" else model, f"{directory}/{adapter}"
+            )
+            kept = all(_equal(p.data, stored[adapter][1][name]) for name, p in model.adapter_state().items())
+            exchanged[f"{adapter} into {base}"] = {"kept": kept, "accuracy": accuracy(model.eval(), *test)}
+    (config_a, a), (config_b, b) = stored["lora"], stored["qlora"]
+    shapes = {k: (v.shape, v.dtype) for k, v in a.items()} == {k: (v.shape, v.dtype) for k, v in b.items()}
+    same = shapes and config_a.to_dict() == config_b.to_dict() and sizes["lora"] == sizes["qlora"]
+    return Evidence(
+        f"{len(a)} arrays of the same names, shapes and dtype, the same config, files of the same size "
+        f"({sizes['qlora']['adapter_model.safetensors']:,} bytes): {same}. Each loads into the other's base to the "
+        f"bit: {all(v['kept'] for v in exchanged.values())}; accuracy there "
+        f"{exchanged['lora into qlora']['accuracy']:.1%} (LoRA's on codes, {runs['lora'].accuracy:.1%} at home) and "
+        f"{exchanged['qlora into lora']['accuracy']:.1%} (QLoRA's, {runs['qlora'].accuracy:.1%}).",
+        holds=same and all(v["kept"] for v in exchanged.values()),
+        figures={"arrays": len(a), "files": sizes, "exchanged": exchanged},
+    )
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@claim("qlora.inference-dequant", "Inference uses the 4-bit weights directly; nothing is dequantized.")
+def inference_dequant() -> Evidence:
+    """Dequantizations of an inference pass, apart and merged into new codes; a product from tables, without W."""
+    x, model = data.digits.transfer().test.x, copy.deepcopy(train("nf4").model).eval()
+    layers = len(coded_layers(model))
+    numbers = sum(layer.quantized.size for layer in coded_layers(model).values())
+    apart = _count(model, x)
+    merged = quantize_model(dequantize_model(model).merge_and_unload())
+    again = _count(merged, x)
+    full = _count(dequantize_model(merged), x)
+    table_error, looked_up = _table_product()
+    return Evidence(
+        f"An inference pass of the trained MLP dequantizes {apart['weights']} of its {layers} coded weights "
+        f"({apart['numbers']:,} numbers) with the adapters apart, and {again['weights']} when they are merged into new "
+        f"codes. A fused product that sums inputs by code and never forms W gives the same within {table_error:.0e}, "
+        f"but looks up all {looked_up:,} codes too. Only merged in full precision it is {full['weights']}, at 32 bits "
+        "a weight.",
+        holds=apart["weights"] == again["weights"] == 0,
+        instead=apart["weights"] == again["weights"] == layers
+        and apart["numbers"] == numbers
+        and full["weights"] == 0
+        and table_error < 1e-5,
+        figures={"apart": apart, "merged_into_codes": again, "merged_in_full": full, "table_error": table_error},
+    )
+
+
+def _count(model: Module, x: np.ndarray) -> dict[str, int]:
+    with dequantizations() as seen, no_grad():
+        model(x)
+    return {"weights": len(seen), "numbers": sum(q.size for q in seen)}
+
+
+def _table_product() -> tuple[float, int]:
+    """y = Σ_b c_b Σ_k table[k]·(Σ x_j over the j in block b with code k): error ÷ largest, and codes looked up."""
+    layer = Linear4bit.from_linear(nn.Linear(256, 128, bias=False, rng=0))
+    q, x = layer.quantized, np.random.default_rng(0).standard_normal(256).astype("float32")
+    codes = unpack(q.codes, 4, q.size).reshape(128, -1, q.blocksize)
+    maxima, x_blocks = block_maxima(q).reshape(128, -1), x.reshape(-1, q.blocksize)
+    y = np.zeros(128, "float32")
+    for k, number in enumerate(q.table):
+        y += number * (np.where(codes == k, x_blocks, 0).sum(axis=2) * maxima).sum(axis=1)
+    expected = layer(x[None]).data[0]
+    return float(np.abs(y - expected).max() / np.abs(expected).max()), codes.size
