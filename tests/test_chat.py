@@ -228,3 +228,17 @@ def test_neither_padding_nor_company_changes_an_example_s_loss_and_gradients():
 def test_batches_of_nothing_are_refused(data, size, words):
     with pytest.raises(ValueError, match=words):
         ChatBatches(data, size)
+
+
+def test_checkpointing_changes_no_bit_of_loss_and_gradients():
+    config = LlamaConfig(20, 16, 24, 2, 2, max_position_embeddings=32)
+    ids = np.random.default_rng(0).integers(0, 20, (2, 9))
+    results = []
+    for checkpointing in (False, True):
+        model = Llama(config, rng=0)
+        model.model.checkpointing = checkpointing
+        loss = model.loss(ids)
+        loss.backward()
+        results.append([loss.data, *(p.grad for p in model.parameters())])
+    for plain, again in zip(*results, strict=True):
+        np.testing.assert_array_equal(plain, again)

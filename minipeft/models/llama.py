@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import backend, nn, ops
 from ..backend import Array
+from ..checkpointing import checkpoint
 from ..generate import generate, stream
 from ..tensor import Tensor
 from .llama_config import LlamaConfig, rotary_frequencies
@@ -95,7 +96,11 @@ class Llama(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything but the output head."""
+    """Everything but the output head.
+
+    Attributes:
+        checkpointing: blocks keep only their input for backward, and are computed a second time there.
+    """
 
     def __init__(self, config: LlamaConfig, rng: np.random.Generator, dtype: Any = None) -> None:
         self.config = config
@@ -104,6 +109,7 @@ class Decoder(nn.Module):
         table.data = table.data * 0.02  # as Hugging Face starts: a tied head gives logits of order 1
         self.layers = [Block(config, rng, dtype) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.checkpointing = False
 
     def forward(self, ids: Any, attention_mask: Any = None, cache: list[LayerCache] | None = None) -> Tensor:
         """(B, T) -> (B, T, D)"""
@@ -117,7 +123,10 @@ class Decoder(nn.Module):
         mask = self._mask(attention_mask, (ids.shape[0], stop), x.data)
         rotary = self._rotary(start, stop, x.data)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotary, mask, cache[i] if cache else None)  # (B, T, D) -> (B, T, D)
+            if self.checkpointing and not cache:
+                x = checkpoint(layer, x, rotary, mask, None)
+            else:
+                x = layer(x, rotary, mask, cache[i] if cache else None)  # (B, T, D) -> (B, T, D)
         return self.norm(x)
 
     def _rotary(self, start: int, stop: int, like: Array) -> tuple[Array, Array]:
