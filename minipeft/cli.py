@@ -222,14 +222,18 @@ def _plain(value: Any) -> Any:
 def figures(
     names: Annotated[list[str] | None, typer.Argument(help="Figures; all when left out.", show_default=False)] = None,
     directory: Annotated[Path, typer.Option("--out", help="Where the SVG and PNG files go.")] = Path("figures"),
+    lang: Annotated[str, typer.Option(help="Labels: en or zh (NAME.zh.svg; needs a Chinese font).")] = "en",
 ) -> None:
     """Draw the figures, from runs made now."""
-    from .plots import write_figures
+    from . import plots
 
     check_writable(directory, "--out", directory=True)
-    with user_errors(), err.status("drawing …") if err.is_terminal else nullcontext():
-        for path in write_figures(directory, names):
-            out.print(f"saved [bold]{path}[/]", soft_wrap=True)
+    with user_errors():
+        names = plots.check_figures(names, lang)
+        with err.status("drawing …") if err.is_terminal else nullcontext():
+            for name in names:
+                for path in plots.write_figures(directory, [name], lang):
+                    out.print(f"saved [bold]{path}[/]", soft_wrap=True)
 
 
 @app.command()
