@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from .. import data, optim
+import numpy as np
+
+from .. import data, ops, optim
 from ..methods.lora import LoraConfig
 from ..models import load_base
 from ..models.pretrain import accuracy
@@ -13,10 +15,10 @@ from ..nn import Module
 from ..peft import get_peft_model
 from ..quant import QuantizedLinear, QuantizedTensor, quantize_model
 from ..recipes import METHODS
+from ..tensor import Tensor, no_grad
 from ..train import fit
-from .runs import BATCH
-
-STEPS = 200
+from . import Evidence, claim
+from .runs import BATCH, STEPS, adapt
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,16 @@ class QloraRun:
 
 
 @functools.cache
-def train(quant: str | None = "nf4", r: int = 8, seed: int = 0, steps: int = STEPS) -> QloraRun:
+def train(quant: str | None = "nf4", seed: int = 0, shift: str = "rotated") -> QloraRun:
     """LoRA on the MLP whose weights are held in `quant` (None: in full precision), as `runs.adapt` trains it."""
-    task, model = data.digits.transfer(), load_base("mlp")
+    task, model = data.digits.transfer(shift), load_base("mlp")
     if quant is not None:
         quantize_model(model, quant)
     codes = {name: coded_bytes(layer.quantized) for name, layer in coded_layers(model).items()}
-    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r), seed=seed)
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16), seed=seed)
     optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=METHODS["lora"].lr)
     batches = data.digits.batches(*task.train, batch_size=BATCH, seed=seed)
-    history = fit(model, batches, steps=steps, optimizer=optimizer, progress=False)
+    history = fit(model, batches, steps=STEPS, optimizer=optimizer, progress=False)
     return QloraRun(model, codes, history.loss, accuracy(model.eval(), *task.test))
 
 
@@ -62,3 +64,110 @@ def coded_layers(model: Module) -> dict[str, QuantizedLinear]:
 def coded_bytes(q: QuantizedTensor) -> bytes:
     """All bytes that the codes consist of."""
     return b"".join(x.tobytes() for x in (q.codes, q.absmax, q.nested_absmax, q.offset) if x is not None)
+
+
+def end_of(losses: list[float]) -> float:
+    """The mean of the last ten losses."""
+    return float(np.mean(losses[-10:]))
+
+
+# --- what is lost, and what training brings back ----------------------------------------------------------------------
+
+
+@claim("qlora.quality", "QLoRA comes close to full fine-tuning.")
+def quality() -> Evidence:
+    """Final loss and accuracy of full fine-tuning, LoRA and QLoRA on the same task, over seeds."""
+    seeds = range(3)
+    runs: dict[str, list[tuple[list[float], float]]] = {
+        "full": [(run.history.loss, run.accuracy[1]) for run in (adapt("full", "mlp", seed=seed) for seed in seeds)],
+        "LoRA": [(run.losses, run.accuracy) for run in (train(None, seed=seed) for seed in seeds)],
+        "QLoRA": [(run.losses, run.accuracy) for run in (train("nf4", seed=seed) for seed in seeds)],
+    }
+    loss = {name: [end_of(losses) for losses, _ in each] for name, each in runs.items()}
+    reached = {name: [accuracy for _, accuracy in each] for name, each in runs.items()}
+    text = "; ".join(
+        f"{name} {np.mean(loss[name]):.3f} ± {np.std(loss[name]):.3f}, {np.mean(reached[name]):.1%} ± "
+        f"{np.std(reached[name]):.1%}"
+        for name in runs
+    )
+    gap = float(np.mean(reached["full"]) - np.mean(reached["QLoRA"]))
+    of_codes = float(np.mean(reached["LoRA"]) - np.mean(reached["QLoRA"]))
+    return Evidence(
+        f"MLP on shifted digits, r = 8, {STEPS} steps, {len(seeds)} seeds, loss and accuracy: {text}. QLoRA's accuracy "
+        f"is {100 * gap:.1f} points below full fine-tuning's, of which 4 bits make {100 * of_codes:.1f}.",
+        figures={"loss": loss, "accuracy": reached, "curves": {name: each[0][0] for name, each in runs.items()}},
+    )
+
+
+@claim("qlora.low-bits", "Very low precision hurts, on hard tasks most.")
+def low_bits() -> Evidence:
+    """32, 8, 4, 3 and 2 bits: weight error; loss on the base's own task; loss and accuracy after adapting to two."""
+    own, base, found = data.digits.load().test, load_base("mlp"), {}
+    for quant, bits in ((None, 32), ("int8", 8), ("nf4", 4), ("nf3", 3), ("nf2", 2)):
+        model = load_base("mlp") if quant is None else quantize_model(load_base("mlp"), quant)
+        pairs = [(getattr(base, n).weight.data, getattr(model, n).weight.data) for n in ("fc1", "fc2")]
+        runs = {"hard": train(quant), "easy": train(quant, shift="mirrored")}
+        found[bits] = {
+            "weight_error": float(np.sqrt(np.mean([((W - Q) ** 2).sum() / (W**2).sum() for W, Q in pairs]))),
+            "own_loss": _loss(model, *own),
+            "own_accuracy": accuracy(model, *own),
+            **{f"{task}_before": run.losses[0] for task, run in runs.items()},
+            **{f"{task}_loss": end_of(run.losses) for task, run in runs.items()},
+            **{f"{task}_accuracy": run.accuracy for task, run in runs.items()},
+        }
+    text = lambda key, form: ", ".join(format(f[key], form) for f in found.values())  # noqa: E731
+    return Evidence(
+        f"At {', '.join(map(str, found))} bits the MLP's weights are {text('weight_error', '.1%')} off; loss on the "
+        f"digits that it knows {text('own_loss', '.3f')}; accuracy after adapting to mirrored digits (easy) "
+        f"{text('easy_accuracy', '.1%')}, to rotated ones (hard) {text('hard_accuracy', '.1%')}.",
+        figures={str(bits): f for bits, f in found.items()},
+    )
+
+
+@no_grad()
+def _loss(model: Module, x: np.ndarray, y: np.ndarray) -> float:
+    return ops.cross_entropy(model(x), y).item()
+
+
+@claim("qlora.error-compensation", "The adapter compensates the quantization error.")
+def error_compensation() -> Evidence:
+    """Output error of the coded model before and after training: for the task, for the base's outputs; and LoftQ."""
+    own, base = data.digits.load(), load_base("mlp")
+    x, y = own.test
+    with no_grad():
+        outputs = base(x).data
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for quant in ("nf4", "nf2"):
+        models = {
+            "before": _compensating(quant, None),
+            "for the task": _compensating(quant, "task"),
+            "for the base's outputs": _compensating(quant, "outputs"),
+        }
+        found[quant] = {
+            name: {"output_error": _relative(model(x).data, outputs), "loss": _loss(model, x, y)}
+            for name, model in models.items()
+        }
+    return Evidence("", holds=False, within=True, figures={**found, "base_loss": _loss(base, x, y)})
+
+
+def _relative(outputs: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(outputs - expected) / np.linalg.norm(expected))
+
+
+def _compensating(quant: str, objective: str | None, steps: int = STEPS) -> Module:
+    """The coded MLP with adapters trained on the digits that it knows: for their labels, or the base's outputs."""
+    model = get_peft_model(quantize_model(load_base("mlp"), quant), LoraConfig(r=8, lora_alpha=16), seed=0).eval()
+    if objective is None:
+        return model
+    base = load_base("mlp")
+
+    def distance(model: Module, batch: tuple[np.ndarray, np.ndarray]) -> Tensor:
+        with no_grad():
+            wanted = base(batch[0]).data
+        return ops.mse_loss(model(batch[0]), wanted)
+
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=METHODS["lora"].lr)
+    batches = data.digits.batches(*data.digits.load().pretrain, batch_size=BATCH, seed=0)
+    loss_fn = None if objective == "task" else distance
+    fit(model, batches, steps=steps, optimizer=optimizer, loss_fn=loss_fn, progress=False)
+    return model.eval()
