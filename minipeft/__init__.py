@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import methods, rank
     from .checkpointing import checkpoint
     from .gradient_check import gradcheck
+    from .methods.adalora import AdaLoraConfig
     from .methods.lora import LoraConfig
     from .methods.lora_pro import LoraProConfig
     from .models.load import load_model, save_model
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaLoraConfig",
     "LoraConfig",
     "LoraProConfig",
     "PeftModel",
@@ -43,6 +45,7 @@ __all__ = [
 
 # What is imported when it is first asked for: `import minipeft` costs little more than `import numpy`. "" is a module.
 LATER = {
+    "AdaLoraConfig": "methods.adalora",
     "LoraConfig": "methods.lora",
     "LoraProConfig": "methods.lora_pro",
     "PeftModel": "peft",

@@ -371,6 +371,7 @@ class PeftModel(Module):
         }
         if offsets:
             values, config = without_offset(values, config, offsets)
+        config, values = self.methods[adapter_name].saved(self, config, values)
         targets = [name for name, layer in self.adapter_layers() if adapter_name in layer.adapters]
         write_adapter(path, portable(config, targets), values)
 

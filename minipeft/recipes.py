@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .methods.adalora import AdaLoraConfig
 from .methods.lora import LoraConfig
 from .methods.lora_pro import LoraProConfig
 from .nn import Module
@@ -44,11 +45,22 @@ def _lora_pro(c: Choice, **variant: Any) -> LoraProConfig:
     return LoraProConfig(r=c.r, lora_alpha=c.alpha, target_modules=c.targets, **variant)
 
 
+def _adalora(c: Choice, **variant: Any) -> AdaLoraConfig:
+    """Half as many directions again at the start; r of them in each module on average at the end; LoRA's s, α/r."""
+    init_r = c.r + (c.r + 1) // 2
+    schedule = {"tinit": c.steps // 10, "tfinal": c.steps // 4, "deltaT": max(1, c.steps // 50)}
+    return AdaLoraConfig(
+        init_r=init_r, target_r=c.r, lora_alpha=c.alpha / c.r * init_r, target_modules=c.targets,
+        total_step=c.steps, **{**schedule, **variant},
+    )  # fmt: skip
+
+
 METHODS = {
     "full": Recipe(None, 3e-3),  # 1, 3, 6 ·1e-3
     "lora": Recipe(_lora, 5e-3),  # 5, 10, 20 ·1e-3
     "rslora": Recipe(lambda c: _lora(c, use_rslora=True), 5e-3),
     "dora": Recipe(lambda c: _lora(c, use_dora=True), 5e-3),
+    "adalora": Recipe(_adalora, 2e-2),  # 1, 2, 5 ·1e-2
     "lora-pro": Recipe(_lora_pro, 5e-3),  # 1, 2, 5, 10, 20 ·1e-3
 }
 

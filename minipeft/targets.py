@@ -29,7 +29,13 @@ class Plan:
         if not self.targets:
             raise ValueError(f"target_modules: {config.target_modules!r} leaves no Linear to adapt")
         for name in self.targets:
-            self.method.check(name, model.get_submodule(name))
+            module = model.get_submodule(name)
+            if isinstance(module, AdapterLayer) and not isinstance(module, self.method.layer):
+                raise ValueError(
+                    f"target_modules: {name!r} is a {type(module).__name__} already; "
+                    f"{type(self.method).__name__} cannot add an adapter to that"
+                )
+            self.method.check(name, module)
 
 
 def find_targets(model: Module, target_modules: str | Iterable[str]) -> list[str]:

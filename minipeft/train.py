@@ -95,6 +95,7 @@ def fit(
     every = checkpoint_every or max(1, steps // 10)
     history = History()
     if method is not None:
+        method.run_steps = steps
         method.start(model, optimizer)
     first = 0
     if resume:

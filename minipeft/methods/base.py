@@ -23,12 +23,17 @@ class Method:
         config: the config that built it.
         adapter: the name of the adapter that `wrap` adds.
         rng: the generator for start values and dropout.
+        run_steps: how many steps the run has that `fit` has begun last; None before.
+        layer: the kind of layer that `wrap` makes; a module that is another kind's already is refused.
     """
+
+    layer: type[Module] = Module
 
     def __init__(self, config: Any) -> None:
         self.config = config
         self.adapter = "default"
         self.rng = np.random.default_rng(0)
+        self.run_steps: int | None = None
 
     def check(self, name: str, linear: Module) -> None:
         """Raise ValueError if this Linear cannot be wrapped. Called for every target before anything is changed."""
@@ -52,6 +57,10 @@ class Method:
 
     def after_step(self, model: Module, step: int) -> None:
         """Called by `fit` after the optimizer's step (AdaLoRA re-allocates rank)."""
+
+    def saved(self, model: Module, config: Any, values: dict[str, Array]) -> tuple[Any, dict[str, Array]]:
+        """The config and tensors that `save_pretrained` writes, from those that the adapter has."""
+        return config, values
 
     def state_dict(self) -> dict[str, Array]:
         """What the method carries from step to step, by name; `fit` keeps it in its checkpoints."""

@@ -444,6 +444,8 @@ def _pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
 class Lora(Method):
     """Wraps Linears in `LoraLinear`."""
 
+    layer = LoraLinear
+
     def check(self, name: str, linear: Module) -> None:
         """Raise ValueError where r does not fit the layer, or the start values would change a weight held as codes."""
         out_features, in_features = linear.weight.shape
