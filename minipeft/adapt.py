@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -49,26 +50,36 @@ class Settings:
                 raise ValueError(f"--{option}: got {getattr(self, option)!r}; accepted are {', '.join(accepted)}")
         if not 1 <= self.batch_size <= digits.PARTS["train"]:
             raise ValueError(f"--batch-size: got {self.batch_size}; 1 to {digits.PARTS['train']} is accepted")
-        recipe = METHODS[self.method]
-        self.lr = recipe.lr if self.lr is None else self.lr
-        for option in ("r", "alpha", "targets"):
-            if not recipe.config and getattr(self, option) is not None:
-                raise ValueError(f"--{option}: method {self.method!r} has no such option, it trains whole weights")
-        if recipe.config:
-            self.r = 8 if self.r is None else self.r
-            self.alpha = 2.0 * self.r if self.alpha is None else self.alpha
-            self.targets = self.targets or "all-linear"
+        self.lr = METHODS[self.method].lr if self.lr is None else self.lr
+        fill_options(self)
 
     def choice(self) -> Choice:
-        """What the method's recipe is given.
+        """What the method's recipe is given."""
+        return choice(self)
 
-        Targets that are a regular expression are passed on as they are; names with commas become a list.
-        """
-        targets = self.targets or "all-linear"
-        pattern = targets.lower() in ("all-linear", "all") or any(sign in targets for sign in "*+?[(|^$\\")
-        names = targets if pattern else [name.strip() for name in targets.split(",")]
-        given = {} if self.r is None else {"r": self.r, "alpha": self.alpha}
-        return Choice(targets=names, steps=self.steps, **given)
+
+def fill_options(settings: Any) -> None:
+    """Give r, alpha and targets their defaults; ValueError where the method has no such options."""
+    whole = METHODS[settings.method].config is None
+    for option in ("r", "alpha", "targets"):
+        if whole and getattr(settings, option) is not None:
+            raise ValueError(f"--{option}: method {settings.method!r} has no such option, it trains whole weights")
+    if not whole:
+        settings.r = 8 if settings.r is None else settings.r
+        settings.alpha = 2.0 * settings.r if settings.alpha is None else settings.alpha
+        settings.targets = settings.targets or "all-linear"
+
+
+def choice(settings: Any) -> Choice:
+    """What the method's recipe is given.
+
+    Targets that are a regular expression are passed on as they are; names with commas become a list.
+    """
+    targets = settings.targets or "all-linear"
+    pattern = targets.lower() in ("all-linear", "all") or any(sign in targets for sign in "*+?[(|^$\\")
+    names = targets if pattern else [name.strip() for name in targets.split(",")]
+    given = {} if settings.r is None else {"r": settings.r, "alpha": settings.alpha}
+    return Choice(targets=names, steps=settings.steps, **given)
 
 
 def run(settings: Settings, directory: Path, resume: bool, console: Console) -> None:
@@ -88,7 +99,7 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console) -> 
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = optim.AdamW(trainable, lr=settings.lr)
     if resume:
-        _check_same_run(settings, directory, console)
+        check_same_run(settings, directory, console)
     else:  # an older run's checkpoint would not belong to these settings
         (directory / CHECKPOINT).unlink(missing_ok=True)
     files.write_json(directory / RUN, asdict(settings))
@@ -110,7 +121,7 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console) -> 
     )
 
 
-def _check_same_run(settings: Settings, directory: Path, console: Console) -> None:
+def check_same_run(settings: Any, directory: Path, console: Console) -> None:
     """Raise ValueError where the directory holds a run with other settings; only more steps are welcome."""
     if not (directory / CHECKPOINT).exists():
         console.print(f"No checkpoint in {directory} yet: starting at the first step.")

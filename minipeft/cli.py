@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, adapt, files
+from . import __version__, adapt, adapt_language, files
 from .data import digits
 from .models import BASES
 
@@ -49,7 +49,7 @@ def user_errors() -> Iterator[None]:
     """What the library says about a wrong argument or file, in one line instead of a traceback."""
     try:
         yield
-    except (ValueError, TypeError, ArithmeticError, OSError, MemoryError) as error:
+    except (ValueError, TypeError, ArithmeticError, OSError, MemoryError, ImportError) as error:
         fail(error)
 
 
@@ -84,9 +84,21 @@ def main(
 # --- train ------------------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog="[bold]minipeft train --method lora --r 4 --targets q_proj,v_proj --out runs/attention[/]")
+LANGUAGE = "smollm2, a Hugging Face directory or a .gguf file"
+
+
+@app.command(
+    epilog="[bold]minipeft train --method lora --r 4 --targets q_proj,v_proj --out runs/attention[/]   or   "
+    "[bold]minipeft train --model smollm2 --name Lumi --author 'Ada Lab'[/]"
+)
 def train(
-    model: Annotated[str, typer.Option(help=f"The pre-trained base: {', '.join(BASES)}.")] = "vit",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"A digit classifier ({', '.join(BASES)}) or a language model ({LANGUAGE}).  "
+            "[dim]\\[default: vit, with --data smollm2][/]"
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help=f"What trains: {', '.join(adapt.METHODS)}.")] = "lora",
     r: Annotated[int | None, typer.Option(help="Rank of the update BA.  [dim]\\[default: 8][/]")] = None,
     alpha: Annotated[
@@ -97,30 +109,76 @@ def train(
         str | None,
         typer.Option(help="Layers to adapt: all-linear, or names with commas.  [dim]\\[default: all-linear][/]"),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps (AdamW).")] = adapt.STEPS,
-    batch_size: Annotated[int, typer.Option(min=1, help="Digits in a step.")] = adapt.BATCH,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"Optimizer steps (AdamW).  [dim]\\[default: {adapt.STEPS}, language {adapt_language.STEPS}][/]"
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Digits or chats in a step.  [dim]\\[default: {adapt.BATCH}, language {adapt_language.BATCH}][/]",
+        ),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.  [dim]\\[default: the method's][/]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="For start values and the order of the digits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="For start values and the order of the data.")] = 0,
     shift: Annotated[
-        str, typer.Option(help=f"The new domain, how the digits are changed: {', '.join(digits.SHIFTS)}.")
-    ] = "rotated",
+        str | None,
+        typer.Option(
+            help=f"Digits: the new domain, how they are changed: {', '.join(digits.SHIFTS)}.  "
+            "[dim]\\[default: rotated][/]"
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Language: self-cognition, or a .jsonl file of chats.  [dim]\\[default: self-cognition][/]"),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Self-cognition: the name that the model learns to give.")] = None,
+    author: Annotated[str | None, typer.Option(help="Self-cognition: who made it, as it learns to say.")] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Language: blocks keep only their input; less memory, more time.")
+    ] = False,
     directory: Annotated[
         Path | None,
         typer.Option("--out", help="Where the result and checkpoints go.  [dim]\\[default: runs/MODEL-METHOD][/]"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in that directory.")] = False,
 ) -> None:
-    """Adapt a pre-trained digit classifier to a new domain (rotated digits); show accuracy before and after."""
-    directory = directory or Path("runs") / f"{model}-{method}"
+    """Adapt a pre-trained model and show it before and after: a digit classifier to rotated digits, or a language model
+    to a new identity or to your own chats."""
+    language = {"data": data, "name": name, "author": author, "checkpointing": checkpointing or None}
+    language = {option: value for option, value in language.items() if value is not None}
+    model = model or ("smollm2" if language else "vit")
+    is_digits = model in BASES
+    if not is_digits and not _may_be_language_model(model):
+        fail(f"--model: got {model!r}; accepted are {', '.join(BASES)}, {LANGUAGE}")
+    if is_digits and language:
+        fail(f"--{next(iter(language))}: only for a language model; --model {model} is a digit classifier")
+    if not is_digits and shift is not None:
+        fail(f"--shift: only for a digit classifier; --model {model} is a language model")
+    given = {"steps": steps, "batch_size": batch_size, "shift": shift} | language
+    given = {option: value for option, value in given.items() if value is not None}
+    options = {"method": method, "r": r, "alpha": alpha, "targets": targets, "lr": lr, "seed": seed} | given
+    directory = directory or Path("runs") / f"{Path(model).stem or 'model'}-{method}"
     with user_errors():
-        settings = adapt.Settings(model, method, shift, r, alpha, targets, steps, batch_size, lr, seed)
+        if is_digits:
+            run, settings, consoles = adapt.run, adapt.Settings(model, **options), (out,)
+        else:
+            run, settings, consoles = adapt_language.run, adapt_language.Settings(model, **options), (out, err)
     check_writable(directory, "--out", directory=True)
     try:
         with user_errors():
-            adapt.run(settings, directory, resume, out)
+            run(settings, directory, resume, *consoles)
     except KeyboardInterrupt:
         err.print("stopped; the same command with --resume goes on from the last checkpoint")
         raise typer.Exit(130) from None
+
+
+def _may_be_language_model(model: str) -> bool:
+    """Whether it is a name that is known, or a path: a misspelt name is told about both kinds."""
+    return model == "smollm2" or model.endswith(".gguf") or "/" in model or "\\" in model or Path(model).exists()
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------

@@ -1,18 +1,25 @@
-"""The commands for language models: download, generate, chat, memory. Imported by cli.py, which holds the app."""
+"""The commands for language models: download, generate, chat, merge, memory. Imported by cli.py, where the app is."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .cli import app, err, fail, out, user_errors
+from .cli import app, check_writable, err, fail, out, user_errors
+from .files import read_json
 
 MODELS = ("smollm2",)
-Model = Annotated[str, typer.Option(help="smollm2, a Hugging Face directory, or a .gguf file.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="smollm2, a Hugging Face directory, or a .gguf file.  [dim]\\[default: the adapter's, or smollm2][/]"
+    ),
+]
 Adapter = Annotated[Path | None, typer.Option(help="A directory with a saved adapter, put on the model.")]
 Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after this many tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token; 1: as the model says.")]
@@ -38,7 +45,7 @@ def download(name: Annotated[str, typer.Argument(help=f"What to fetch: {', '.joi
 @app.command(epilog='[bold]minipeft generate "The capital of France is"[/]')
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    model: Model = "smollm2",
+    model: Model = None,
     adapter: Adapter = None,
     length: Length = 100,
     temperature: Temperature = 0.0,
@@ -56,7 +63,7 @@ def generate(
 
 @app.command(epilog="[bold]minipeft chat[/]   end with Ctrl-D")
 def chat(
-    model: Model = "smollm2",
+    model: Model = None,
     adapter: Adapter = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     length: Length = 300,
@@ -76,6 +83,31 @@ def chat(
             tokens = network.stream(ids, length, **sampling)
             answer = _show([], tokenizer, (token for token in tokens if token not in tokenizer.stop_ids))
         messages.append({"role": "assistant", "content": answer})
+
+
+@app.command(epilog="[bold]minipeft merge --adapter runs/smollm2-lora --out merged[/]")
+def merge(
+    adapter: Annotated[Path, typer.Option(help="A directory with a saved adapter.")],
+    directory: Annotated[Path, typer.Option("--out", help="The Hugging Face directory to write.")],
+    model: Model = None,
+) -> None:
+    """Add an adapter's update to the weights and write the whole model, with its tokenizer, for transformers too."""
+    from . import save_model
+
+    check_writable(directory, "--out", directory=True)
+    if (directory / "adapter_config.json").exists():  # transformers would put the adapter on once more
+        fail(f"--out: {directory} holds an adapter; another directory is accepted")
+    model = model or _model_of(adapter)
+    if directory.exists() and Path(model).exists() and directory.samefile(model):
+        fail(f"--out: {directory} is the model itself; another directory is accepted")
+    with user_errors():
+        network, tokenizer = _load(model, adapter)
+        with err.status("merging …") if err.is_terminal else nullcontext():
+            save_model(network.merge_and_unload(), directory, tokenizer)
+    size = (directory / "model.safetensors").stat().st_size
+    out.print(f"saved [bold]{directory}[/] ({size / 1e6:,.0f} MB); it needs no adapter:", soft_wrap=True)
+    out.print(f"  [bold]minipeft chat --model {directory}[/]", soft_wrap=True)
+    out.print(f'  [bold]transformers.AutoModelForCausalLM.from_pretrained("{directory}")[/]', soft_wrap=True)
 
 
 @app.command(epilog="[bold]minipeft memory --params 7B --method qlora --seq 512[/]")
@@ -121,9 +153,20 @@ def _ask() -> str | None:
             return text
 
 
-def _load(model: str, adapter: Path | None) -> tuple[Any, Any]:
+def _model_of(adapter: Path | None) -> str:
+    """The model that `minipeft train` made an adapter for; smollm2 where that is not written beside it."""
+    from .adapt import RUN
+
+    if adapter is None or not (adapter / RUN).is_file():
+        return "smollm2"
+    model = read_json(adapter / RUN).get("model")
+    return model if isinstance(model, str) else "smollm2"
+
+
+def _load(model: str | None, adapter: Path | None) -> tuple[Any, Any]:
     from . import PeftModel, load_model, load_tokenizer
 
+    model = model or _model_of(adapter)
     network = load_model(model)
     return (PeftModel.from_pretrained(network, adapter) if adapter else network), load_tokenizer(model)
 

@@ -28,13 +28,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method's config (None: all weights but the output head train), and its learning rate on the digits.
+    """A method's config (None: all weights but the output head train), and its learning rates.
 
-    The learning rates are the best on the validation digits of those that are named beside them.
+    `lr`, on the digits, is the best on the validation digits of those that are named beside it. `language_lr` is for
+    the pre-trained language model, whose weights have less far to go.
     """
 
     config: Callable[[Choice], Any] | None
     lr: float
+    language_lr: float = 5e-4
 
 
 def _lora(c: Choice, **variant: Any) -> LoraConfig:
@@ -56,7 +58,7 @@ def _adalora(c: Choice, **variant: Any) -> AdaLoraConfig:
 
 
 METHODS = {
-    "full": Recipe(None, 3e-3),  # 1, 3, 6 ·1e-3
+    "full": Recipe(None, 3e-3, 3e-5),  # 1, 3, 6 ·1e-3
     "lora": Recipe(_lora, 5e-3),  # 5, 10, 20 ·1e-3
     "rslora": Recipe(lambda c: _lora(c, use_rslora=True), 5e-3),
     "dora": Recipe(lambda c: _lora(c, use_dora=True), 5e-3),
