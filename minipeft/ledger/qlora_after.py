@@ -39,18 +39,19 @@ def same_adapter() -> Evidence:
             model = PeftModel.from_pretrained(
                 quantize_model(model) if base == "qlora" else model, f"{directory}/{adapter}"
             )
-            kept = all(_equal(p.data, stored[adapter][1][name]) for name, p in model.adapter_state().items())
-            exchanged[f"{adapter} into {base}"] = {"kept": kept, "accuracy": accuracy(model.eval(), *test)}
+            unchanged = all(_equal(p.data, stored[adapter][1][name]) for name, p in model.adapter_state().items())
+            exchanged[f"{adapter} into {base}"] = {"kept": unchanged, "accuracy": accuracy(model.eval(), *test)}
     (config_a, a), (config_b, b) = stored["lora"], stored["qlora"]
     shapes = {k: (v.shape, v.dtype) for k, v in a.items()} == {k: (v.shape, v.dtype) for k, v in b.items()}
     same = shapes and config_a.to_dict() == config_b.to_dict() and sizes["lora"] == sizes["qlora"]
+    kept = sum(case["kept"] for case in exchanged.values())
     return Evidence(
-        f"{len(a)} arrays of the same names, shapes and dtype, the same config, files of the same size "
-        f"({sizes['qlora']['adapter_model.safetensors']:,} bytes): {same}. Each loads into the other's base to the "
-        f"bit: {all(v['kept'] for v in exchanged.values())}; accuracy there "
-        f"{exchanged['lora into qlora']['accuracy']:.1%} (LoRA's on codes, {runs['lora'].accuracy:.1%} at home) and "
-        f"{exchanged['qlora into lora']['accuracy']:.1%} (QLoRA's, {runs['qlora'].accuracy:.1%}).",
-        holds=same and all(v["kept"] for v in exchanged.values()),
+        f"Both have {len(a)} arrays, with {'the same' if same else 'different'} names, shapes and dtypes, configs and "
+        f"sizes of files ({sizes['qlora']['adapter_model.safetensors']:,} bytes), and {kept} of {len(exchanged)} load "
+        f"into the other's base to the bit. Accuracy of LoRA's {runs['lora'].accuracy:.1%}, on codes "
+        f"{exchanged['lora into qlora']['accuracy']:.1%}; of QLoRA's {runs['qlora'].accuracy:.1%}, on full weights "
+        f"{exchanged['qlora into lora']['accuracy']:.1%}.",
+        holds=same and kept == len(exchanged),
         figures={"arrays": len(a), "files": sizes, "exchanged": exchanged},
     )
 

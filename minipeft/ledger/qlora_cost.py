@@ -33,9 +33,9 @@ def speed() -> Evidence:
     found = {}
     for width in (256, 1024):
         models = {kind: chain(kind, 2, width) for kind in ("lora", "qlora")}
-        for rows in (16, 128, 512):
+        for rows in (16, 256):
             steps = {kind: _step(model, rows, width) for kind, model in models.items()}
-            times = compare_latency(steps, repeat=5, warmup=1)
+            times = compare_latency(steps, repeat=7, warmup=1)
             found[f"{width} × {rows}"] = {
                 "speed": times["lora"].median / times["qlora"].median,
                 **{kind: latency.median for kind, latency in times.items()},
@@ -170,13 +170,12 @@ def seven_billion() -> Evidence:
     others = {size: sum(qlora_parts(size, 16, 512, True).values()) / 1e9 for size in ("13B", "33B", "65B")}
     formula, live = _small_llama()
     return Evidence(
-        "Batch 1, 512 tokens, r = 16 on all linear layers, checkpointing, in GB: "
+        "Batch 1, 512 tokens, r = 16, checkpointing, in GB: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-        + f"; sum {sum(parts.values()) / 1e9:.2f}, without what a GPU's runtime takes. {len(within[5])} of {len(fits)} "
-        f"settings fit in 5 GB, {len(within[6])} in 6: at r = {', '.join(map(str, RANKS))} up to "
-        f"{', '.join(map(str, longest.values()))} tokens, without checkpointing up to {kept} (r = 16). "
-        + ", ".join(f"{size}: {total:.1f}" for size, total in others.items())
-        + " GB.",
+        + f"; sum {sum(parts.values()) / 1e9:.2f}, without a GPU's runtime. 6 GB hold r = "
+        + ", ".join(f"{r} up to {seq} tokens" for r, seq in longest.items())
+        + f"; without checkpointing r = 16 up to {kept}. Of {len(fits)} settings 5 GB hold {len(within[5])}, "
+        f"6 GB {len(within[6])}.",
         holds=formula == live and len(within[6]) == len(fits),
         within=formula == live and len(within[6]) > 0,
         figures={
@@ -237,16 +236,16 @@ def paged() -> Evidence:
             optimizer.step()
     equal = all(a.data.tobytes() == b.data.tobytes() for a, b in zip(*params.values(), strict=True))
     capped = _under_a_cap() if sys.platform == "linux" else None
-    within = "the cap is not tried on this system."
+    bounded = "No cap was tried on this system."
     if capped is not None:
-        within = (
-            f"in a process with {capped['room'] / 1e6:.0f} MB left for {capped['state'] / 1e6:.0f} MB of state AdamW "
-            f"ends with {capped['AdamW']} and PagedAdamW {capped['PagedAdamW']}, with {capped['anonymous'] / 1e6:.1f} "
-            f"MB more of its own memory; the state's {capped['file'] / 1e6:.0f} MB are pages of files, which the "
-            "system may take back."
+        bounded = (
+            f"In a process with {capped['room'] / 1e6:.0f} MB left for {capped['state'] / 1e6:.0f} MB of state AdamW "
+            f"ends in {capped['AdamW']}; PagedAdamW has {capped['PagedAdamW']} with {capped['anonymous'] / 1e6:.1f} MB "
+            f"more of its own and {capped['file'] / 1e6:.0f} MB in pages of files, which the system may take back."
         )
     return Evidence(
-        f"After 5 steps all {sum(p.size for p in params['AdamW']):,} numbers are AdamW's to the bit: {equal}; {within}",
+        f"After 5 steps {sum(p.size for p in params['AdamW']):,} numbers {'are' if equal else 'are not'} AdamW's to "
+        f"the bit. {bounded}",
         holds=equal and capped is not None and _bounded(capped),
         within=equal and capped is None,
         figures={"equal": equal, "capped": capped},

@@ -77,10 +77,10 @@ def dynamic_dequant() -> Evidence:
     at_once = max(moment["full_weights"] for moment in timeline)
     return Evidence(
         f"A step's peak lies {', '.join(f'{e:.2f}' for e in extra.values())} full weights above LoRA's in chains of "
-        f"{', '.join(map(str, extra))} layers of {WIDTH}²: one weight, and scratch of parts of it (all kept: "
-        f"{', '.join(f'{k:.1f}' for k in kept.values())}). At {len(timeline)} dequantizations in a step "
-        f"{at_once} array of a full weight's size is alive: one buffer, which the next product overwrites. Between "
-        f"forward and backward gradient functions keep no float array of that size ({captured} found).",
+        f"{', '.join(map(str, extra))} layers of {WIDTH}² (one weight, and the dequantizer's scratch; all kept: "
+        f"{', '.join(f'{k:.1f}' for k in kept.values())}). At each of {len(timeline)} dequantizations in a step "
+        f"{at_once} array of a weight's size is alive, a buffer that the next one overwrites; {captured} are kept for "
+        "backward.",
         holds=all(e < 1.75 for e in extra.values()) and at_once == 1 and captured == 0 and released == 0,
         figures={
             "weight_bytes": weight,
