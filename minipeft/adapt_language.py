@@ -36,7 +36,6 @@ SELF_COGNITION = "self-cognition"
 GENERAL = Path(__file__).with_name("data") / "general.txt"
 WINDOW = 256  # tokens of the general text that are read at a time
 ANSWER = 48  # tokens of an answer at most
-LANGUAGES = {"en": "English", "zh": "Chinese"}
 ASKED = 26  # questions answered at a time
 
 
@@ -88,16 +87,14 @@ class Task:
         train: the conversations that are learned.
         test: conversations of the same kind that are not, whose loss is measured.
         questions: prompts that are answered before and after; of these the ones at `shown` are printed.
-        languages: of each question where the name is looked for, "en" or "zh".
-        name: what is to be in every answer, or None where that is not known.
+        wanted: what answers are to have in them: (title, words, which questions).
     """
 
     train: list[chat.Conversation]
     test: list[chat.Conversation] = field(default_factory=list)
     questions: list[list[dict[str, str]]] = field(default_factory=list)
     shown: list[int] = field(default_factory=list)
-    languages: list[str] = field(default_factory=list)
-    name: str | None = None
+    wanted: list[tuple[str, str, list[int]]] = field(default_factory=list)
 
 
 def load_task(settings: Settings) -> Task:
@@ -107,11 +104,7 @@ def load_task(settings: Settings) -> Task:
         FileNotFoundError, ValueError: as `read_chats`; or a file of one conversation, from which none can be held out.
     """
     if settings.data == SELF_COGNITION:
-        train = self_cognition.conversations(settings.name, settings.author)
-        held_out = self_cognition.held_out()
-        shown = [held_out.index(question) for question in self_cognition.shown()]
-        languages = [question.language for question in held_out]
-        return Task(train, [], [question.prompt for question in held_out], shown, languages, settings.name)
+        return _identity(settings.name, settings.author)
     chats = chat.read_chats(settings.data)
     if len(chats) < 2:
         raise ValueError(f"{settings.data}: 1 conversation; 2 or more are accepted, since one in ten is held out")
@@ -121,6 +114,19 @@ def load_task(settings: Settings) -> Task:
     train = [chats[i] for i in sorted(order[len(test) :])]
     questions = [conversation.question for conversation in held[:3]]
     return Task(train, held, questions, list(range(len(questions))))
+
+
+def _identity(name: str, author: str) -> Task:
+    train, held_out = self_cognition.conversations(name, author), self_cognition.held_out()
+    at = lambda **wanted: [i for i, q in enumerate(held_out) if wanted.items() <= vars(q).items()]  # noqa: E731
+    wanted = [
+        (f"held-out questions answered with {name}", name, at()),
+        ("  in English", name, at(language="en")),
+        ("  in Chinese", name, at(language="zh")),
+        (f"those about its maker, with {author}", author, at(kind="maker")),
+    ]
+    shown = [held_out.index(question) for question in self_cognition.shown()]
+    return Task(train, [], [question.prompt for question in held_out], shown, [row for row in wanted if row[2]])
 
 
 def fingerprint(examples: Sequence[chat.Example]) -> str:
@@ -213,7 +219,7 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console, err
     settings.contents = fingerprint(examples)
     if resume:
         check_same_run(settings, directory, console)
-    asked = f"{len(task.questions)} held-out questions" if task.name else "held-out conversations"
+    asked = f"{len(task.questions)} held-out questions" if task.wanted else "held-out conversations"
     with waiting(err, f"before training: {asked}, perplexity"):
         before = measure(model, tokenizer, task, test)
     size = sum(p.size for p in model.parameters())
@@ -284,7 +290,7 @@ def next_commands(settings: Settings, directory: Path, is_adapter: bool) -> list
 def answers_table(task: Task, before: Measured, after: Measured) -> Table:
     """Three held-out questions and their answers."""
     table = Table(show_lines=True, expand=True)
-    for title, ratio in (("a question it was not taught", 3), ("before", 4), ("after", 4)):
+    for title, ratio in (("held-out question", 3), ("before", 4), ("after", 4)):
         table.add_column(title, ratio=ratio, style="bold green" if title == "after" else "", overflow="fold")
     for i in task.shown:
         question = task.questions[i][-1]["content"]
@@ -294,26 +300,19 @@ def answers_table(task: Task, before: Measured, after: Measured) -> Table:
 
 def figures_table(task: Task, before: Measured, after: Measured) -> Table:
     """The share of answers with the name, or the held-out loss; and the perplexity."""
-    table = Table("", "before", "after")
+    table = Table("what it learned and forgot", "before", "after")
     for column, style in zip(table.columns[1:], ("", "bold green"), strict=True):
         column.justify, column.style = "right", style
-    if task.name is not None:
-        found = [[self_cognition.gives_name(a, task.name) for a in m.answers] for m in (before, after)]
-        table.add_row(Text(f"held-out questions answered with {task.name} ({len(found[0])})"), *map(_share, found))
-        for language in dict.fromkeys(task.languages):
-            picked = [[f for f, each in zip(row, task.languages, strict=True) if each == language] for row in found]
-            table.add_row(f"  in {LANGUAGES[language]} ({len(picked[0])})", *map(_share, picked))
-        table.add_section()
-    else:
+    for title, words, which in task.wanted:
+        found = [[self_cognition.gives_name(m.answers[i], words) for i in which] for m in (before, after)]
+        table.add_row(Text(f"{title} ({len(which)})"), *(f"{np.mean(row):.1%}" for row in found))
+    if task.test:
         table.add_row(f"loss on held-out conversations ({len(task.test)})", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    table.add_section()
     change = after.perplexity / before.perplexity - 1
     table.add_row("perplexity of a general text", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
     table.add_row("  change", "", f"{change:+.1%}")
     return table
-
-
-def _share(found: list[bool]) -> str:
-    return f"{np.mean(found):.1%}"
 
 
 def _short(text: str, length: int = 240) -> str:

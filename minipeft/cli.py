@@ -85,6 +85,7 @@ def main(
 
 
 LANGUAGE = "smollm2, a Hugging Face directory or a .gguf file"
+LANGUAGE_PANEL = "For a language model"
 
 
 @app.command(
@@ -127,18 +128,30 @@ def train(
     shift: Annotated[
         str | None,
         typer.Option(
-            help=f"Digits: the new domain, how they are changed: {', '.join(digits.SHIFTS)}.  "
-            "[dim]\\[default: rotated][/]"
+            help=f"The new domain, how digits are changed: {', '.join(digits.SHIFTS)}.  [dim]\\[default: rotated][/]",
+            rich_help_panel="For digits",
         ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Language: self-cognition, or a .jsonl file of chats.  [dim]\\[default: self-cognition][/]"),
+        typer.Option(
+            help="self-cognition, or a .jsonl file of chats.  [dim]\\[default: self-cognition][/]",
+            rich_help_panel=LANGUAGE_PANEL,
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Self-cognition: the name that the model learns to give.")] = None,
-    author: Annotated[str | None, typer.Option(help="Self-cognition: who made it, as it learns to say.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The name that it learns to give.", rich_help_panel=LANGUAGE_PANEL)
+    ] = None,
+    author: Annotated[
+        str | None, typer.Option(help="Who made it, as it learns to say.", rich_help_panel=LANGUAGE_PANEL)
+    ] = None,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Language: blocks keep only their input; less memory, more time.")
+        bool,
+        typer.Option(
+            "--checkpointing",
+            help="Keep only the input of each block: half the memory, more time.",
+            rich_help_panel=LANGUAGE_PANEL,
+        ),
     ] = False,
     directory: Annotated[
         Path | None,
