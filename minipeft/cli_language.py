@@ -76,6 +76,8 @@ def chat(
         network, tokenizer = _load(model, adapter)
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop_ids": tokenizer.stop_ids}
     messages = [{"role": "system", "content": system}] if system else []
+    if sys.stdin.isatty():
+        err.print(f"[dim]{model or _model_of(adapter)}{f' with {adapter}' if adapter else ''}; Ctrl-D ends[/]")
     while (text := _ask()) is not None:
         messages.append({"role": "user", "content": text})
         with user_errors():
