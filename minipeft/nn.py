@@ -23,6 +23,7 @@ __all__ = [
     "Sequential",
     "assign",
     "closest",
+    "project",
     "uniform",
 ]
 
@@ -66,6 +67,13 @@ class Linear(Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def project(x: Tensor, *layers: Module) -> list[Tensor]:
+    """The outputs of several layers for one x; layers of one kind that can share work (`together`) do."""
+    kind = type(layers[0])
+    shared = kind.together(x, layers) if hasattr(kind, "together") and all(type(m) is kind for m in layers) else None
+    return [layer(x) for layer in layers] if shared is None else shared
 
 
 class Embedding(Module):

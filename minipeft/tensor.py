@@ -252,6 +252,7 @@ class Tensor:
         """
         if not self.requires_grad:
             raise RuntimeError("backward(): no tensor that made this one requires a gradient")
+        backend.keep_freed_memory()
         grad = self._seed_gradient(grad)
         if self._node is None:
             return self._accumulate(grad, owned=False)
@@ -369,13 +370,42 @@ def joint_result(op: str, data: Array, parents: tuple[Tensor, ...], backward: Ca
     return _output(op, data, (), None, ())
 
 
+def multi_result(
+    op: str, arrays: Sequence[Array], parents: Sequence[Tensor | None], backward: Callable[[list], Sequence]
+) -> list[Tensor]:
+    """As `joint_result`, for an operation with several outputs; a parent that is not there may be None.
+
+    `backward` maps their gradients, one an output and None for one that nothing came back for, to one a parent.
+    """
+    if not (_grad_enabled and any(p is not None and p.requires_grad for p in parents)):
+        return [_output(op, array, (), None, ()) for array in arrays]
+    count = len(arrays)
+    if count == 1:
+        return [_output(op, arrays[0], parents, lambda g: backward([g]), (backward,))]
+    joint = _output(op, arrays[0], parents, lambda parts: backward([parts.get(i) for i in range(count)]), (backward,))
+    pick = lambda i: lambda g: (_Parts({i: g}),)  # noqa: E731
+    return [_output(f"{op}.{i}", array, (joint,), pick(i), ()) for i, array in enumerate(arrays)]
+
+
+class _Parts(dict):
+    """The gradient of an operation with several outputs: those that have come back, by the output's number."""
+
+    base = None  # as an array that is no view has it: it may be added to in place
+
+    def __iadd__(self, other: _Parts) -> _Parts:
+        self.update(other)  # each output comes once: its own node has added up what came back to it
+        return self
+
+    __add__ = __iadd__
+
+
 def _output(op: str, data: Array, parents: Sequence[Tensor], backward: Any, closures: tuple) -> Tensor:
     out = Tensor.__new__(Tensor)
     out.data, out.grad = backend.keep_array(data), None
     if backward is None:
         out.requires_grad, out._node = False, None
     else:
-        origins = tuple([(p._node or p) if p.requires_grad else None for p in parents])
+        origins = tuple([(p._node or p) if p is not None and p.requires_grad else None for p in parents])
         out.requires_grad, out._node = True, Node(op, out.data, origins, backward, closures)
     if backend.flop_counter is not None:
         backend.flop_counter.credit(op)

@@ -7,8 +7,9 @@ Formulas first, as functions of plain arrays; then the layer that uses them; the
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,7 +19,7 @@ from .. import backend, ops
 from ..backend import Array, get_namespace
 from ..nn import Dropout, Linear, Module, Parameter
 from ..quant.linear import QuantizedLinear, QuantizedWeight
-from ..tensor import Tensor, joint_result
+from ..tensor import Tensor, multi_result
 from .base import AdapterLayer, Method
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
@@ -150,45 +151,82 @@ def lora_linear(x: Any, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, sc
     over them. A weight that is held as codes is dequantized for each of its two products (QLoRA: Dettmers et al. 2023,
     eq. 5); between them only the codes are kept.
     """
-    if isinstance(W, QuantizedWeight):
-        x, A, B = ops.operands("lora_linear", x, A, B)
-        w, full = W.stored("lora_linear", x)
-    else:
-        x, W, A, B = ops.operands("lora_linear", x, W, A, B)
-        w, full = W.data, None
-    a, b, shape, scaling = A.data, B.data, x.shape, float(scaling)
-    out, width = W.shape
-    if not shape or shape[-1] != width or a.shape[1:] != (width,) or b.shape != (out, a.shape[0]):
-        raise ValueError(f"lora_linear: x {shape}, W (out, in) {W.shape}, A (r, in) {a.shape}, B (out, r) {b.shape}")
-    rows = x.data.reshape(-1, width)  # (N, in)
-    u = backend.matmul(rows, a.T)  # (N, r)
-    y = backend.matmul(rows, (w if full is None else full(w)).T)  # (N, out)
-    y += backend.matmul(u * scaling, b.T)
-    parents = (x, W, A, B)
-    if bias is not None:
-        y += bias.data
-        parents = (*parents, bias)
-    need_x, need_w, need_a, need_b, need_bias = [p.requires_grad for p in (*parents, W)[:5]]
-    kept = rows if need_w or need_a else None
+    return lora_linears(x, (W, bias, A, B, scaling))[0]
 
-    def backward(g: Array) -> list[Array | None]:
-        g = g.reshape(-1, out)
-        v = scaling * backend.matmul(g, b) if need_x or need_a else None  # (N, r)
-        dx = None
+
+def lora_linears(x: Any, *projections: tuple[Tensor, Tensor | None, Tensor, Tensor, float]) -> list[Tensor]:
+    """`lora_linear` of one x for several (W, b, A, B, s): attention's q, k and v, or an MLP's gate and up.
+
+    A product with a side of r = 8 runs at a third of the speed of a large one. With all A on top of each other, one
+    product gives every u, one every dA, and one the share v A of dx: 0.6 of the time of one of each a projection.
+    """
+    parts = [_Projection(x, *projection) for projection in projections]
+    x, xp = parts[0].x, get_namespace(parts[0].a)
+    shape, rows = x.shape, x.data.reshape(-1, x.shape[-1])  # (N, in)
+    a = parts[0].a if len(parts) == 1 else xp.concatenate([p.a for p in parts])  # (Σr, in)
+    b, s, weights, full = ([getattr(p, name) for p in parts] for name in ("b", "s", "kept", "full"))
+    ends = list(itertools.accumulate(len(p.a) for p in parts))
+    columns = [slice(end - len(p.a), end) for p, end in zip(parts, ends, strict=True)]  # each projection's share of Σr
+    u = backend.matmul(rows, a.T)  # (N, Σr)
+    outputs = []
+    for p, column in zip(parts, columns, strict=True):
+        y = backend.matmul(rows, p.full(p.kept).T)  # (N, out)
+        y += backend.matmul(p.s * u[:, column], p.b.T)
+        if p.bias is not None:
+            y += p.bias.data
+        outputs.append(y.reshape(*shape[:-1], len(p.b)))
+    need_x = x.requires_grad
+    needs = [[t is not None and t.requires_grad for t in (p.W, p.A, p.B, p.bias)] for p in parts]
+    need_v = need_x or any(A for _, A, _, _ in needs)
+    kept = rows if any(W or A for W, A, _, _ in needs) else None
+
+    def backward(gradients: list[Array | None]) -> list[Array | None]:
+        dx, v, grads = None, xp.zeros_like(u) if need_v else None, []
+        for i, g in enumerate(gradients):
+            need_w, _, need_b, need_bias = needs[i] if g is not None else [False] * 4
+            g = None if g is None else g.reshape(-1, len(b[i]))  # (N, out)
+            if need_v and g is not None:
+                v[:, columns[i]] = s[i] * backend.matmul(g, b[i])
+            if need_x and g is not None:
+                product = backend.matmul(g, full[i](weights[i]))
+                dx = product if dx is None else xp.add(dx, product, out=dx)
+            grads.append(
+                [
+                    backend.matmul(g.T, kept) if need_w else None,
+                    s[i] * backend.matmul(g.T, u[:, columns[i]]) if need_b else None,
+                    g.sum(axis=0) if need_bias else None,
+                ]
+            )
         if need_x:
-            dx = backend.matmul(g, w if full is None else full(w))
             dx += backend.matmul(v, a)
             dx = dx.reshape(shape)
-        return [
-            dx,
-            backend.matmul(g.T, kept) if need_w else None,
-            backend.matmul(v.T, kept) if need_a else None,
-            scaling * backend.matmul(g.T, u) if need_b else None,
-            g.sum(axis=0) if need_bias else None,
-        ][:count]
+        da = backend.matmul(v.T, kept) if kept is not None and need_v else None  # (Σr, in)
+        answers = [dx]
+        for (dw, db, dbias), (_, need_a, _, _), column in zip(grads, needs, columns, strict=True):
+            answers += [dw, da[column] if need_a else None, db, dbias]
+        return answers
 
-    count = len(parents)
-    return joint_result("lora_linear", y.reshape(*shape[:-1], out), parents, backward)
+    parents = [x, *[t for p in parts for t in (p.W, p.A, p.B, p.bias)]]
+    return multi_result("lora_linear", outputs, parents, backward)
+
+
+class _Projection:
+    """A weight and its adapter, checked: what `lora_linears` computes with."""
+
+    def __init__(self, x: Any, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> None:
+        if isinstance(W, QuantizedWeight):
+            x, A, B = ops.operands("lora_linear", x, A, B)
+            self.kept, self.full = W.stored("lora_linear", x)
+        else:
+            x, W, A, B = ops.operands("lora_linear", x, W, A, B)
+            self.kept, self.full = W.data, lambda w: w
+        shape, (out, width) = x.shape, W.shape
+        self.a, self.b, self.s = A.data, B.data, float(scaling)
+        if not shape or shape[-1] != width or self.a.shape[1:] != (width,) or self.b.shape != (out, len(self.a)):
+            raise ValueError(
+                f"lora_linear: x {shape}, W (out, in) {W.shape}, A (r, in) {self.a.shape}, B (out, r) {self.b.shape}"
+            )
+        self.x, self.W, self.bias, self.A, self.B = x, W, bias, A, B
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
@@ -249,18 +287,32 @@ class LoraLinear(AdapterLayer):
             name = self.merged.pop()
             self.weight.data = unmerge_lora(self.weight.data, *self._factors(name), self.scaling[name])
 
+    def _active(self) -> list[str]:
+        return [] if self.disabled or self.merged else [name for name in self.active if name in self.lora_A]
+
+    def projection(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float] | None:
+        """(W, b, A, B, s) where that is all there is to forward now: one adapter, and no dropout; else None."""
+        active = self._active()
+        if len(active) != 1 or self.offset.keys() - set(active) or (self.training and self.lora_dropout[active[0]].p):
+            return None
+        (name,), base = active, self.base_layer
+        return base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+
+    @classmethod
+    def together(cls, x: Any, layers: Sequence[LoraLinear]) -> list[Tensor] | None:
+        """The outputs of several layers for one x, by `lora_linears`; None where one of them needs its own way."""
+        projections = [layer.projection() for layer in layers]
+        return None if None in projections else lora_linears(x, *projections)
+
     def _factors(self, name: str) -> tuple[Array, Array]:
         return self.lora_A[name].weight.data, self.lora_B[name].weight.data
 
     def forward(self, x: Any) -> Tensor:
         """(..., in) -> (..., out)"""
-        W, bias = self.base_layer.weight, self.base_layer.bias
-        active = [] if self.disabled or self.merged else [name for name in self.active if name in self.lora_A]
-        if len(active) == 1 and not self.offset.keys() - set(active):
-            name = active[0]
-            if not (self.training and self.lora_dropout[name].p):
-                A, B = self.lora_A[name].weight, self.lora_B[name].weight
-                return lora_linear(x, W, bias, A, B, self.scaling[name])
+        projection = self.projection()
+        if projection is not None:
+            return lora_linear(x, *projection)
+        active = self._active()
         y = self.base_layer(x)
         for name in active:
             down = self.lora_A[name](self.lora_dropout[name](ops.tensor(x)))  # (..., r)

@@ -180,8 +180,8 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D)"""
         batch, tokens, _ = x.shape
         q, k, v = (
-            proj(x).reshape(batch, tokens, -1, self.head_dim).swapaxes(1, 2)  # (B, T, D) -> (B, H or K, T, d)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            y.reshape(batch, tokens, -1, self.head_dim).swapaxes(1, 2)  # (B, T, D) -> (B, H or K, T, d)
+            for y in nn.project(x, self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = ops.rope(q, *rotary), ops.rope(k, *rotary)
         if cache is not None:
@@ -200,7 +200,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))  # D -> intermediate_size -> D
+        return self.down_proj(ops.swiglu(*nn.project(x, self.gate_proj, self.up_proj)))  # D -> intermediate_size -> D
 
 
 class LayerCache:

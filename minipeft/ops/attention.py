@@ -31,9 +31,21 @@ def rope(x: Any, cos: Array, sin: Array) -> Tensor:
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return get_namespace(x).concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Each half is written to its place in one new array: half the time of concatenating two."""
+    half, xp = x.shape[-1] // 2, get_namespace(x)
+    y = xp.empty(x.shape, dtype=x.dtype)
+    source, target = (x, y) if x.ndim > 2 else (x[None], y[None])
+
+    def each(start: int, stop: int) -> None:
+        first, second = source[start:stop, ..., :half], source[start:stop, ..., half:]
+        a, b = target[start:stop, ..., :half], target[start:stop, ..., half:]
+        xp.multiply(first, cos, out=a)
+        a -= second * sin
+        xp.multiply(second, cos, out=b)
+        b += first * sin
+
+    backend.in_parts(each, len(source), xp, width=x.size // max(1, len(source)))
+    return y
 
 
 def scaled_dot_product_attention(
@@ -63,22 +75,28 @@ def scaled_dot_product_attention(
     (batch, heads, t, d), (kv_heads, s) = q.shape, k.shape[1:3]
     scale = d**-0.5 if scale is None else scale
     q = q.reshape(batch, kv_heads, -1, d)  # (B, K, H/K·T, d): grouped heads are more rows of one product
-    scores = backend.matmul(q, k.swapaxes(-1, -2)).reshape(batch, heads, t, s)
-    scores *= scale
-    if is_causal:
-        scores += xp.triu(xp.full((t, s), -xp.inf, dtype=q.dtype), k=s - t + 1)
+    p = backend.matmul(q, k.swapaxes(-1, -2)).reshape(batch, heads, t, s)
     if attn_mask is not None:
         mask = attn_mask.data if isinstance(attn_mask, Tensor) else attn_mask
-        scores += xp.where(mask, 0, -xp.inf).astype(q.dtype) if mask.dtype.kind == "b" else mask
-    p = _attention_weights(scores).reshape(batch, kv_heads, -1, s)  # (B, K, H/K·T, S)
+        p *= scale
+        p += xp.where(mask, 0, -xp.inf).astype(q.dtype) if mask.dtype.kind == "b" else mask
+    future = xp.triu(xp.full((t, s), -xp.inf, dtype=q.dtype), k=s - t + 1) if is_causal else None
+    _attention_weights(p.reshape(-1, t, s), future, 1 if attn_mask is not None else scale)
+    p = p.reshape(batch, kv_heads, -1, s)  # (B, K, H/K·T, S)
     y = backend.matmul(p, v).reshape(batch, heads, t, d)
 
     def backward(g: Array) -> tuple:
         g = g.reshape(batch, kv_heads, -1, d)
         dp = backend.matmul(g, v.swapaxes(-1, -2))  # (B, K, H/K·T, S)
-        dp -= (dp * p).sum(axis=-1, keepdims=True)
-        dp *= p
-        dp *= scale
+        weights, dscores = p.reshape(-1, s), dp.reshape(-1, s)
+
+        def each(start: int, stop: int) -> None:
+            w, d = weights[start:stop], dscores[start:stop]
+            d -= (d * w).sum(axis=-1, keepdims=True)
+            d *= w
+            d *= scale
+
+        backend.in_parts(each, len(dscores), xp, width=s)
         return (
             backend.matmul(dp, k).reshape(batch, heads, t, d) if need_q else None,
             backend.matmul(dp.swapaxes(-1, -2), q) if need_k else None,
@@ -89,9 +107,22 @@ def scaled_dot_product_attention(
     return joint_result("attention", y, (query, key, value), backward)
 
 
-def _attention_weights(scores: Array) -> Array:
-    """Softmax over the last axis; a query that may attend to nothing (all −inf) gets zeros, as in PyTorch, not NaN."""
+def _attention_weights(scores: Array, future: Array | None, scale: float) -> None:
+    """scores (N, T, S) ← softmax(scores·scale + future) over the last axis, in place.
+
+    A query that may attend to nothing (all −inf) gets zeros, as in PyTorch, not NaN.
+    """
     xp = get_namespace(scores)
-    p = xp.exp(scores - xp.maximum(scores.max(axis=-1, keepdims=True), xp.finfo(scores.dtype).min))
-    p /= xp.maximum(p.sum(axis=-1, keepdims=True), 1)  # the largest score adds e⁰ = 1: only empty sums are below
-    return p
+    lowest = xp.finfo(scores.dtype).min
+
+    def each(start: int, stop: int) -> None:
+        p = scores[start:stop]
+        if scale != 1:
+            p *= scale
+        if future is not None:
+            p += future
+        p -= xp.maximum(p.max(axis=-1, keepdims=True), lowest)
+        xp.exp(p, out=p)
+        p /= xp.maximum(p.sum(axis=-1, keepdims=True), 1)  # the largest adds e⁰ = 1: only empty sums are below
+
+    backend.in_parts(each, len(scores), xp, width=scores[0].size)

@@ -96,19 +96,38 @@ def rms_norm(x: Any, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """
     x, *affine = operands("rms_norm", x, *([weight] if weight is not None else []))
     d = _check_affine("rms_norm", x, affine)
-    xp = get_namespace(x.data)
-    scale = 1 / xp.sqrt((x.data * x.data).mean(axis=-1, keepdims=True) + eps)
-    normed = x.data * scale
+    xp, shape = get_namespace(x.data), x.shape
+    rows = x.data.reshape(-1, d)
     w = weight.data if weight is not None else None
+    scale, out = xp.empty((len(rows), 1), dtype=x.dtype), xp.empty(shape, dtype=x.dtype)
+    y = out.reshape(-1, d)
+    normed = y if w is None else xp.empty_like(y)
+
+    def forward(start: int, stop: int) -> None:
+        part = slice(start, stop)
+        scale[part] = 1 / xp.sqrt((rows[part] * rows[part]).mean(axis=-1, keepdims=True) + eps)
+        xp.multiply(rows[part], scale[part], out=normed[part])
+        if w is not None:
+            xp.multiply(normed[part], w, out=y[part])
 
     def grad_x(g: Array) -> Array:
-        h = g if w is None else g * w
-        return scale * (h - normed * (h * normed).mean(axis=-1, keepdims=True))
+        g, dx = g.reshape(-1, d), xp.empty_like(normed)
 
+        def each(start: int, stop: int) -> None:
+            part = slice(start, stop)
+            h = g[part] if w is None else g[part] * w
+            xp.multiply(normed[part], (h * normed[part]).mean(axis=-1, keepdims=True), out=dx[part])
+            xp.subtract(h, dx[part], out=dx[part])
+            dx[part] *= scale[part]
+
+        backend.in_parts(each, len(dx), xp, width=d)
+        return dx.reshape(shape)
+
+    backend.in_parts(forward, len(rows), xp, width=d)
     edges = [(x, grad_x)]
     if weight is not None:
-        edges.append((weight, lambda g: (g * normed).reshape(-1, d).sum(axis=0)))
-    return result("rms_norm", normed if w is None else normed * w, *edges)
+        edges.append((weight, lambda g: (g.reshape(-1, d) * normed).sum(axis=0)))
+    return result("rms_norm", out, *edges)
 
 
 def _check_affine(op: str, x: Tensor, affine: list[Tensor]) -> int:

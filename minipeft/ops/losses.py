@@ -60,39 +60,62 @@ def _check_targets(xp: Any, shape: tuple[int, ...], targets: Any, ignore_index: 
     return targets, kept, n
 
 
-def linear_cross_entropy(x: Any, weight: Tensor, targets: Any, ignore_index: int = -100, chunk: int = 128) -> Tensor:
+def linear_cross_entropy(x: Any, weight: Tensor, targets: Any, ignore_index: int = -100, chunk: int = 256) -> Tensor:
     """cross_entropy(x Wᵀ, targets) for x (N, d) and W (V, d), `chunk` rows at a time: the (N, V) logits never exist.
 
-    The gradients are formed in the same pass, while a chunk's probabilities are at hand, and only scaled in backward.
+    With z = e^(logits − max), Z = Σ z and the one-hot target t, dx = (z − Z·t) W / Z and dW = (z − Z·t)ᵀ x / Z: rows of
+    d numbers are divided instead of rows of V. They are formed in the same pass, while z is at hand, and only scaled in
+    backward. Rows whose target is ignored cost nothing.
     """
     x, weight = operands("linear_cross_entropy", x, weight)
     xp, rows, w = get_namespace(x.data), x.data, weight.data
     if rows.ndim != 2 or w.ndim != 2 or rows.shape[1] != w.shape[1]:
         raise ValueError(f"linear_cross_entropy: x (N, d) = {rows.shape} and weight (V, d) = {w.shape} do not fit")
     targets, kept, n = _check_targets(xp, (rows.shape[0], w.shape[0]), targets, ignore_index)
+    if kept is not None:
+        kept = xp.nonzero(kept)[0]
+        rows, targets = rows[kept], targets[kept]
     dx = xp.empty_like(rows) if x.requires_grad else None
     dw = xp.zeros_like(w) if weight.requires_grad else None
     loss = xp.zeros((), dtype=rows.dtype)
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
         z = backend.matmul(rows[part], w.T)  # (chunk, V)
-        z -= z.max(axis=1, keepdims=True)
-        each = xp.arange(len(z))
-        picked = z[each, targets[part]]
-        xp.exp(z, out=z)
-        total = z.sum(axis=1, keepdims=True)
-        losses = xp.log(total[:, 0]) - picked
-        z /= total
-        z[each, targets[part]] -= 1
-        if kept is not None:
-            losses *= kept[part]
-            z *= kept[part, None]
-        loss = loss + losses.sum()
+        Z, picked = _exponentials(z, targets[part])
+        loss = loss + (xp.log(Z[:, 0]) - picked).sum()
         if dx is not None:
             backend.matmul(z, w, out=dx[part])
+            dx[part] /= Z
         if dw is not None:
-            dw += backend.matmul(z.T, rows[part])
-    return result("linear_cross_entropy", loss / n, (x, lambda g: dx * (g / n)), (weight, lambda g: dw * (g / n)))
+            dw += backend.matmul(z.T, rows[part] / Z)
+
+    def grad_x(g: Array) -> Array:
+        scaled = dx * (g / n)
+        if kept is None:
+            return scaled
+        everywhere = xp.zeros(shape, dtype=dx.dtype)
+        everywhere[kept] = scaled
+        return everywhere
+
+    shape = x.shape
+    return result("linear_cross_entropy", loss / n, (x, grad_x), (weight, lambda g: dw * (g / n)))
+
+
+def _exponentials(z: Array, targets: Array) -> tuple[Array, Array]:
+    """Logits z (n, V) ← e^(z − max) − Z·onehot(target), in place; Z = Σ e^(z − max) (n, 1), and z − max at the target."""
+    xp = get_namespace(z)
+    Z, picked = xp.empty((len(z), 1), dtype=z.dtype), xp.empty(len(z), dtype=z.dtype)
+
+    def each(start: int, stop: int) -> None:
+        part, rows = z[start:stop], xp.arange(stop - start)
+        part -= part.max(axis=1, keepdims=True)
+        picked[start:stop] = part[rows, targets[start:stop]]
+        xp.exp(part, out=part)
+        Z[start:stop] = part.sum(axis=1, keepdims=True)
+        part[rows, targets[start:stop]] -= Z[start:stop, 0]
+
+    backend.in_parts(each, len(z), xp, width=z.shape[1])
+    return Z, picked
 
 
 def mse_loss(input: Any, target: Any) -> Tensor:
