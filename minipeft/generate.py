@@ -1,8 +1,8 @@
 """Continue prompts with a language model: greedy or sampled, one or many at a time, token by token.
 
-The model needs `hidden_states(ids, attention_mask, cache)`, `lm_head`, `new_cache(batch, capacity)` and
-`config.max_position_embeddings`, as `models.llama.Llama` has. What it computed for earlier tokens stays in the cache,
-so each new token costs one pass over one token.
+The model needs `hidden_states(ids, attention_mask, cache)`, `lm_head`, `new_cache(batch, capacity)` and `context`, as
+`models.llama.Llama` has. What it computed for earlier tokens stays in the cache, so each new token costs one pass over
+one token.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _tokens(
     stop_ids: Any,
 ) -> Iterator[tuple[int, int]]:
     """Check everything now, then (number of the prompt, new token) one by one."""
-    context, longest = model.config.max_position_embeddings, max(map(len, prompts))
+    context, longest = model.context, max(map(len, prompts))
     if not min(map(len, prompts)):
         raise ValueError("ids: an empty prompt; at least one token is accepted")
     if longest >= context:

@@ -19,6 +19,7 @@ from ..backend import Array
 from ..checkpointing import checkpoint
 from ..generate import generate, stream
 from ..tensor import Tensor
+from ..virtual_tokens import VirtualTokens
 from .llama_config import LlamaConfig, rotary_frequencies
 
 
@@ -72,9 +73,15 @@ class Llama(nn.Module):
             return ops.linear_cross_entropy(h, self.lm_head.weight, targets)
         return ops.cross_entropy(self.lm_head(h), targets)  # an adapted head is more than its weight
 
+    @property
+    def context(self) -> int:
+        """How many tokens a sequence may have, virtual ones aside."""
+        return self.config.max_position_embeddings - self.model.virtual_tokens.length
+
     def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
         """Room for the keys and values of `batch` sequences of up to `capacity` tokens, in every layer."""
         c, like = self.config, self.model.embed_tokens.weight.data
+        capacity += self.model.virtual_tokens.length
         return [LayerCache((batch, c.num_key_value_heads, capacity, c.head_dim), like) for _ in self.model.layers]
 
     def generate(
@@ -107,6 +114,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype, rng)
         table = self.embed_tokens.weight
         table.data = table.data * 0.02  # as Hugging Face starts: a tied head gives logits of order 1
+        self.virtual_tokens = VirtualTokens(config.hidden_size)
         self.layers = [Block(config, rng, dtype) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.checkpointing = False
@@ -117,17 +125,20 @@ class Decoder(nn.Module):
         if ids.ndim != 2 or not ids.size:
             raise ValueError(f"ids: got shape {ids.shape}; (batch, time) of at least one token is accepted")
         x = self.embed_tokens(ids)  # (B, T) -> (B, T, D)
-        start, stop = (cache[0].length if cache else 0), (cache[0].length if cache else 0) + ids.shape[1]
+        start, virtual = (cache[0].length if cache else 0), self.virtual_tokens.length
+        stop = start + ids.shape[1] + (0 if start else virtual)
         if stop > self.config.max_position_embeddings:
-            raise ValueError(f"ids: {stop} tokens; the model's context has {self.config.max_position_embeddings}")
-        mask = self._mask(attention_mask, (ids.shape[0], stop), x.data)
+            also = f", {virtual} of them virtual" if virtual else ""
+            raise ValueError(f"ids: {stop} tokens{also}; the model's context has {self.config.max_position_embeddings}")
+        own_mask = self._mask(attention_mask, (ids.shape[0], stop - virtual), x.data)
+        x, mask = self.virtual_tokens.before(x, own_mask, not start)
         rotary = self._rotary(start, stop, x.data)
         for i, layer in enumerate(self.layers):
             if self.checkpointing and not cache:
                 x = checkpoint(layer, x, rotary, mask, None)
             else:
                 x = layer(x, rotary, mask, cache[i] if cache else None)  # (B, T, D) -> (B, T, D)
-        return self.norm(x)
+        return self.norm(self.virtual_tokens.after(x, own_mask, not start))
 
     def _rotary(self, start: int, stop: int, like: Array) -> tuple[Array, Array]:
         """cos and sin of every position's angles, each (T, d/2).

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import backend, nn, ops
 from ..tensor import Tensor
+from ..virtual_tokens import VirtualTokens
 
 
 class ViT(nn.Module):
@@ -53,6 +54,7 @@ class ViT(nn.Module):
         tokens = (image_size // patch_size) ** 2
         self.patch_embed = PatchEmbedding(patch_size**2, dim, rng, dtype)
         self.position_embedding = nn.Parameter(_normal(rng, (tokens, dim), dtype))
+        self.virtual_tokens = VirtualTokens(dim)
         self.layers = [Block(dim, heads, mlp_dim, rng, dtype) for _ in range(depth)]
         self.norm = nn.LayerNorm(dim, dtype=dtype)
         self.head = nn.Linear(dim, classes, dtype=dtype, rng=rng)
@@ -61,8 +63,10 @@ class ViT(nn.Module):
         """images (B, image_size²), or (B, image_size, image_size) -> logits (B, classes)"""
         x = self.patches(ops.tensor(images))  # (B, 64) -> (B, 16, 4)
         x = self.patch_embed(x) + self.position_embedding  # (B, 16, 4) -> (B, 16, dim)
+        x, _ = self.virtual_tokens.before(x)
         for layer in self.layers:
             x = layer(x)  # (B, 16, dim) -> (B, 16, dim)
+        x = self.virtual_tokens.after(x)
         return self.head(self.norm(x).mean(axis=1))  # (B, 16, dim) -> (B, dim) -> (B, 10)
 
     def patches(self, images: Tensor) -> Tensor:
