@@ -13,6 +13,7 @@ from scipy.special import ndtri
 from minipeft import ledger, optim, quant
 from minipeft.ledger import qlora_after, qlora_codes, qlora_cost, qlora_static, qlora_steps, qlora_training
 from minipeft.measure import estimate
+from minipeft.methods import lora
 from minipeft.quant import linear as coded
 
 EXPECTED = {
@@ -212,3 +213,26 @@ def test_an_optimizer_that_ends_otherwise_under_the_cap_fails_the_claim_on_pagin
     monkeypatch.setattr(qlora_cost, "_under_a_cap", lambda: {**capped, name: other})
     monkeypatch.setattr(qlora_cost.sys, "platform", "linux")
     assert qlora_cost.paged().verdict == "failed"
+
+
+def test_a_start_that_corrects_nothing_fails_the_claim_on_compensation(monkeypatch):
+    def useless(W, r, quant_type, scaling):
+        q, A, B = LOFTQ(W, r, quant_type, scaling)
+        return q, 0 * A, B
+
+    monkeypatch.setattr(qlora_training, "loftq", useless)
+    assert qlora_training.error_compensation().verdict == "failed"
+
+
+LOFTQ = qlora_training.loftq
+
+
+def test_a_merge_with_the_wrong_scaling_fails_the_merge_claim(monkeypatch):
+    merge_lora = lora.merge_lora
+    monkeypatch.setattr(lora, "merge_lora", lambda W, A, B, s: merge_lora(W, A, B, 0.9 * s))
+    assert qlora_after.merge().verdict == "failed"
+
+
+def test_new_codes_that_lose_nothing_would_make_the_documents_statement_right(monkeypatch):
+    monkeypatch.setattr(qlora_after, "quantize_model", lambda model: model)
+    assert qlora_after.merge().verdict == "confirmed"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import data, nn
+from .. import data, nn, ops
 from ..adapter_files import read_adapter
 from ..models import load_base
 from ..models.pretrain import accuracy
@@ -17,6 +17,7 @@ from ..peft import PeftModel
 from ..quant import Linear4bit, dequantize_model, quantize_model
 from ..quant.blockwise import block_maxima
 from ..quant.codes import unpack
+from ..quant.nf4 import dequantize, double_quantize, quantize_nf4
 from ..tensor import no_grad
 from . import Evidence, claim
 from .qlora_steps import dequantizations
@@ -58,6 +59,71 @@ def same_adapter() -> Evidence:
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@claim("qlora.merge", "BA is merged into the 4-bit weights, and inference needs nothing more.")
+def merge() -> Evidence:
+    """Loss, accuracy and outputs of a trained model kept apart, merged in full precision, merged into new codes."""
+    test, trained = data.digits.transfer().test, train("nf4").model.eval()
+    with no_grad():
+        outputs = trained(test.x).data
+    found = {how: _judged(_finished(copy.deepcopy(trained), how), *test, outputs) for how in HOW}
+    layers = {name: layer.delta("default") for name, layer in trained.adapter_layers()}
+    starts = {name: layer.weight.data for name, layer in coded_layers(trained).items()}
+    lost = {c: [_lost(starts[name], c * delta) for name, delta in layers.items()] for c in (1.0, 0.1, 0.01)}
+    noise = {c: float(np.mean([error for error, _ in each])) for c, each in lost.items()}
+    left = {c: float(np.mean([share for _, share in each])) for c, each in lost.items()}
+    keep, full, codes = (found[how] for how in HOW)
+    size = float(np.mean([np.linalg.norm(layers[name]) / np.linalg.norm(starts[name]) for name in layers]))
+    rows = (
+        f"{label} {found[how]['loss']:.4f} ({found[how]['accuracy']:.1%}, {found[how]['output_error']:.0e})"
+        for how, label in HOW.items()
+    )
+    return Evidence(
+        f"Loss (accuracy, output error): {'; '.join(rows)}. Rounding to codes loses {noise[1.0]:.0%} of ‖ΔW‖, "
+        f"where ΔW is {size:.1f} times as large as W; of an update a hundredth as large {left[0.01]:.0%} is left.",
+        holds=codes["output_error"] < 1e-5,
+        instead=keep["output_error"] == 0
+        and full["output_error"] < 1e-5 < codes["output_error"]
+        and codes["loss"] != keep["loss"]
+        and noise[1.0] > 0.01,
+        figures={
+            **found,
+            "update_over_weight": size,
+            "lost": {str(c): v for c, v in noise.items()},
+            "left": {str(c): v for c, v in left.items()},
+        },
+    )
+
+
+HOW = {"keep": "apart", "merge": "merged in full precision", "requantize": "merged into new codes"}
+
+
+def _finished(model: Module, how: str) -> Module:
+    if how == "keep":
+        return model
+    merged = dequantize_model(model).merge_and_unload()
+    return merged if how == "merge" else quantize_model(merged)
+
+
+@no_grad()
+def _judged(model: Module, x: np.ndarray, y: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
+    """Loss and accuracy; the distance of the outputs from those of the model kept apart, ÷ their size."""
+    logits = model(x)
+    return {
+        "loss": ops.cross_entropy(logits, y).item(),
+        "accuracy": float((logits.data.argmax(axis=1) == y).mean()),
+        "output_error": float(np.linalg.norm(logits.data - outputs) / np.linalg.norm(outputs)),
+    }
+
+
+def _lost(W: np.ndarray, delta: np.ndarray) -> tuple[float, float]:
+    """Of an update that is merged into new codes: ‖rounding‖ ÷ ‖ΔW‖, and the share of ΔW that is left along ΔW."""
+    codes = dequantize(double_quantize(quantize_nf4(W + delta)))
+    change = codes - W
+    return float(np.linalg.norm(change - delta) / np.linalg.norm(delta)), float(
+        (change * delta).sum() / (delta**2).sum()
+    )
 
 
 @claim("qlora.inference-dequant", "Inference uses the 4-bit weights directly; nothing is dequantized.")
