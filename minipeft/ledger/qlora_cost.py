@@ -173,7 +173,7 @@ def seven_billion() -> Evidence:
         "Batch 1, 512 tokens, r = 16, checkpointing, in GB: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
         + f"; sum {sum(parts.values()) / 1e9:.2f}, without a GPU's runtime. 6 GB hold r = "
-        + ", ".join(f"{r} up to {seq} tokens" for r, seq in longest.items())
+        + ", ".join(f"{r} {f'up to {seq} tokens' if seq else 'not at all'}" for r, seq in longest.items())
         + f"; without checkpointing r = 16 up to {kept}. Of {len(fits)} settings 5 GB hold {len(within[5])}, "
         f"6 GB {len(within[6])}.",
         holds=formula == live and len(within[6]) == len(fits),

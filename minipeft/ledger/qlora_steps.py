@@ -81,7 +81,10 @@ def dynamic_dequant() -> Evidence:
         f"{', '.join(f'{k:.1f}' for k in kept.values())}). At each of {len(timeline)} dequantizations in a step "
         f"{at_once} array of a weight's size is alive, a buffer that the next one overwrites; {captured} are kept for "
         "backward.",
-        holds=all(e < 1.75 for e in extra.values()) and at_once == 1 and captured == 0 and released == 0,
+        # Scratch is an index for each code that a thread is at: up to a weight's bytes where threads are many
+        holds=max(extra.values()) < 2.25
+        and max(extra.values()) - min(extra.values()) < 0.75
+        and (at_once, captured, released) == (1, 0, 0),
         figures={
             "weight_bytes": weight,
             "peaks": {str(depth): peak for depth, peak in peaks.items()},
@@ -151,8 +154,8 @@ def forward() -> Evidence:
         dequantized = dequantize_model(model)(x).data
     difference = float(np.abs(through_codes - dequantized).max() / np.abs(dequantized).max())
     return Evidence(
-        f"Logits of {len(x)} images by a trained QLoRA model and by LoRA on its dequantized weights differ by "
-        f"{difference:.1e} of the largest; each layer is within {max(errors):.1e} of the formula in float64 "
+        f"Logits of {len(x)} images by a trained QLoRA model and by LoRA on its dequantized weights "
+        f"{f'differ by {difference:.1e} of the largest' if difference else 'are the same bits'}; each layer is within {max(errors):.1e} of the formula in float64 "
         "(with the scale s = α/r, which the document leaves out).",
         holds=difference < 1e-5 and max(errors) < 1e-5,
         figures={"difference": difference, "formula": errors},
