@@ -155,8 +155,8 @@ def forward() -> Evidence:
     difference = float(np.abs(through_codes - dequantized).max() / np.abs(dequantized).max())
     return Evidence(
         f"Logits of {len(x)} images by a trained QLoRA model and by LoRA on its dequantized weights "
-        f"{f'differ by {difference:.1e} of the largest' if difference else 'are the same bits'}; each layer is within {max(errors):.1e} of the formula in float64 "
-        "(with the scale s = α/r, which the document leaves out).",
+        f"{f'differ by {difference:.1e} of the largest' if difference else 'are the same bits'}; each layer is within "
+        f"{max(errors):.1e} of the formula in float64 (with the scale s = α/r, which the document leaves out).",
         holds=difference < 1e-5 and max(errors) < 1e-5,
         figures={"difference": difference, "formula": errors},
     )
