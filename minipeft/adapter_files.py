@@ -45,7 +45,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[Any, dict[str, Array]]:
 
 def _with_used_targets(config: Any, values: dict[str, Array]) -> Any:
     """The config without target names that no tensor is for: PEFT passes over names that its model does not have."""
-    if isinstance(config.target_modules, str):
+    if isinstance(getattr(config, "target_modules", None), str | None):
         return config
     adapted = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in values if ".lora_" in name}
     used = [target for target in config.target_modules if any(f".{name}".endswith(f".{target}") for name in adapted)]
@@ -74,7 +74,8 @@ def portable(config: Any, targets: list[str]) -> Any:
     """The config in words that PEFT knows: targets by their names, since its "all-linear" means another set on models
     that are not its own; and of the start values only whether the base stays as it is."""
     changes: dict[str, Any] = {}
-    if isinstance(config.target_modules, str) and config.target_modules.lower() in ALL_LINEAR:
+    wanted = getattr(config, "target_modules", targets)
+    if wanted is None or (isinstance(wanted, str) and wanted.lower() in ALL_LINEAR):
         changes["target_modules"] = targets
     if getattr(config, "init_lora_weights", None) in ("kaiming", "gaussian_b"):
         changes["init_lora_weights"] = True

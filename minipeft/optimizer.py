@@ -118,6 +118,14 @@ class Optimizer:
         """A new state array for a unit."""
         return backend.get_namespace(unit.flat).zeros(unit.size, dtype=unit.flat.dtype)
 
+    def forget(self, params: Iterable[Tensor]) -> None:
+        """Drop these parameters' state and free its memory; one that gets a gradient again starts anew."""
+        gone = set(map(id, params))
+        for i, units in enumerate(self._units):  # all segments of a unit that is dropped whole need no copy
+            self._resting |= self._collect([u for u in units if not all(id(p) in gone for p, _ in u.segments)])
+            self._units[i], self._laid_out[i] = [], []
+        self._resting = {p: state for p, state in self._resting.items() if id(p) not in gone}
+
     def state(self, unit: Unit, name: str) -> Array:
         """The unit's state array of this name, zeros at its first use."""
         if name not in unit.state:

@@ -18,7 +18,7 @@ from .methods.base import AdapterLayer, Method
 from .methods.lora import LoraLinear
 from .nn import Module, Parameter, assign
 from .quant.linear import QuantizedLinear
-from .targets import Plan, SavedModule
+from .targets import Plan, SavedModule, unchanged_on_error
 
 
 def get_peft_model(
@@ -66,24 +66,6 @@ class _Base(Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
         return self.model(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _unchanged_on_error(model: Module) -> Iterator[None]:
-    """Give every module its attributes, and every parameter its array and flag, back if anything inside fails."""
-    modules = [
-        (m, {k: copy.copy(v) if type(v) in (list, dict) else v for k, v in vars(m).items()}) for m in model.modules()
-    ]
-    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for module, attributes in modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-        for p, data, requires_grad in parameters:
-            p.data, p.requires_grad = data, requires_grad
-        raise
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -162,7 +144,7 @@ class PeftModel(Module):
     def _attach(self, plan: Plan, batches: Any, loss_fn: Any, seed: Any) -> None:
         model, method = self.base_model.model, plan.method
         method.adapter, method.rng = plan.adapter, generator(seed)
-        with _unchanged_on_error(model):
+        with unchanged_on_error(model):
             method.prepare(model, batches, loss_fn)
             for name in plan.targets:
                 linear = model.get_submodule(name)
@@ -189,7 +171,7 @@ class PeftModel(Module):
         self.base_model.requires_grad_(False)
         for name in names:
             if not self.peft_config[name].inference_mode:
-                for parameter in self.adapter_state(name).values():
+                for parameter in self.methods[name].trained(self.base_model.model, self._own_state(name)):
                     parameter.requires_grad = True
 
     def _existing(self, caller: str, names: Iterable[str]) -> list[str]:
@@ -223,6 +205,10 @@ class PeftModel(Module):
     def adapter_state(self, adapter_name: str = "default") -> dict[str, Parameter]:
         """The parameters that belong to an adapter (its factors, its saved modules, the biases it trains), under the
         names that PEFT's file has: `base_model.model.fc1.lora_A.weight`, without the adapter's own name."""
+        return self.methods[adapter_name].owned(self.base_model.model, self._own_state(adapter_name))
+
+    def _own_state(self, adapter_name: str) -> dict[str, Parameter]:
+        """What its config alone gives an adapter, before its method says what else belongs to it."""
         bias = getattr(self.peft_config[adapter_name], "bias", "none")
         state: dict[str, Parameter] = {}
         if bias == "all":
@@ -269,7 +255,8 @@ class PeftModel(Module):
         """Add the adapters' ΔW to the weights (the active ones when left out): forward costs what the base costs.
 
         Raises:
-            ValueError: adapters are merged already, a name does not exist, or weights are held as codes.
+            ValueError: adapters are merged already, a name does not exist, weights are held as codes, or no weight can
+                do what an adapter does.
         """
         names = self._existing("merge_adapter", self.active_adapters if adapter_names is None else adapter_names)
         if self.merged_adapters:
@@ -281,6 +268,9 @@ class PeftModel(Module):
                 "quant.dequantize_model(model) first, and quant.quantize_model after if they are to be codes again"
             )
         for _, layer in self.adapter_layers():
+        for name, layer in self.adapter_layers():
+            if layer.unmergeable and set(names) & set(layer.adapters):
+                raise ValueError(f"merge_adapter: {name!r} cannot be merged: {layer.unmergeable}")
             layer.merge(names)
 
     def unmerge_adapter(self) -> None:
@@ -413,6 +403,8 @@ def _read(
     """The config and the tensors of a saved adapter, checked against the model, which is not touched."""
     config, values = read_adapter(path)
     config = replace(config, inference_mode=not is_trainable)
+    if is_trainable and not getattr(config, "file_trains", True):
+        raise ValueError(f"is_trainable: {path} holds {config.peft_type}'s result, not what made it; False is accepted")
     shared = {id(a): a for p in model.parameters() for a in (p.data, p.grad)}  # the trial model copies no weight
     trial = _adapted(copy.deepcopy(model, shared), config, None, None, adapter_name, 0)
     check_fit(path, values, {name: parameter.shape for name, parameter in trial.adapter_state(adapter_name).items()})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,14 +22,15 @@ class Plan:
             raise ValueError(f"adapter_name: got {adapter!r}; a name without dots is accepted")
         self.config, self.adapter = config, adapter
         self.method: Method = config.build()
-        self.saved = find_saved(model, config.modules_to_save or [])
+        self.saved = find_saved(model, getattr(config, "modules_to_save", None) or [])
+        wanted = self.method.targets(model)
         self.targets = [
             name
-            for name in find_targets(model, config.target_modules)
+            for name in find_targets(model, wanted, self.method.wraps)
             if not any(name == saved or name.startswith(saved + ".") for saved in self.saved)
         ]
         if not self.targets:
-            raise ValueError(f"target_modules: {config.target_modules!r} leaves no Linear to adapt")
+            raise ValueError(f"target_modules: {wanted!r} leaves no Linear to adapt")
         for name in self.targets:
             module = model.get_submodule(name)
             if isinstance(module, AdapterLayer) and not isinstance(module, self.method.layer):
@@ -38,14 +41,14 @@ class Plan:
             self.method.check(name, module)
 
 
-def find_targets(model: Module, target_modules: str | Iterable[str]) -> list[str]:
-    """The names of the Linears that `target_modules` means, in the model's order.
+def find_targets(model: Module, target_modules: str | Iterable[str], kind: type[Module] = Linear) -> list[str]:
+    """The names of the Linears (or modules of another kind) that `target_modules` means, in the model's order.
 
     Raises:
         ValueError: a name that no module has (the closest are listed), or that belongs to something else than a Linear.
     """
     modules = dict(outer_modules(model))
-    linears = [name for name, module in modules.items() if isinstance(module, Linear | AdapterLayer)]
+    linears = [n for n, m in modules.items() if isinstance(m.base_layer if isinstance(m, AdapterLayer) else m, kind)]
     if isinstance(target_modules, str):
         if target_modules.lower() in ALL_LINEAR:
             heads = output_heads(model)
@@ -64,8 +67,8 @@ def find_targets(model: Module, target_modules: str | Iterable[str]) -> list[str
             raise ValueError(f"target_modules: no module is called {target!r}; {closest(target, [*endings, *linears])}")
         for name in found:
             if name not in linears:
-                kind = type(modules[name]).__name__
-                raise ValueError(f"target_modules: {name!r} is a {kind}; only Linear layers are adapted")
+                found_kind = type(modules[name]).__name__
+                raise ValueError(f"target_modules: {name!r} is a {found_kind}; only {kind.__name__} layers are adapted")
     chosen = {name for found in wanted.values() for name in found}
     return [name for name in linears if name in chosen]
 
@@ -101,6 +104,24 @@ def find_saved(model: Module, names: Iterable[str]) -> list[str]:
                 )
         found += matching
     return [name for name in modules if name in found and not any(name.startswith(f"{outer}.") for outer in found)]
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: Module) -> Iterator[None]:
+    """Give every module its attributes, and every parameter its array and flag, back if anything inside fails."""
+    modules = [
+        (m, {k: copy.copy(v) if type(v) in (list, dict) else v for k, v in vars(m).items()}) for m in model.modules()
+    ]
+    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for p, data, requires_grad in parameters:
+            p.data, p.requires_grad = data, requires_grad
+        raise
 
 
 class SavedModule(Module):

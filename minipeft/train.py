@@ -90,8 +90,9 @@ def fit(
     method = method or (getattr(model, "method", None) if hasattr(model, "peft_config") else None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check(steps, grad_accumulation, checkpoint_every, clip_norm, trained, optimizer)
+    trained = trained if method is None else method.changed(model)
     checkpoint = Path(checkpoint_dir) / CHECKPOINT if checkpoint_dir is not None else None
-    identity = identity_of(model, optimizer) if checkpoint is not None else {}
+    identity = identity_of(model, trained, optimizer) if checkpoint is not None else {}
     every = checkpoint_every or max(1, steps // 10)
     history = History()
     if method is not None:

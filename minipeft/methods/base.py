@@ -25,15 +25,21 @@ class Method:
         rng: the generator for start values and dropout.
         run_steps: how many steps the run has that `fit` has begun last; None before.
         layer: the kind of layer that `wrap` makes; a module that is another kind's already is refused.
+        wraps: the kind of module that it is made around.
     """
 
     layer: type[Module] = Module
+    wraps: type[Module] = Linear
 
     def __init__(self, config: Any) -> None:
         self.config = config
         self.adapter = "default"
         self.rng = np.random.default_rng(0)
         self.run_steps: int | None = None
+
+    def targets(self, model: Module) -> str | list[str]:
+        """Which modules to wrap, in the words of `target_modules`; ValueError where the model has none."""
+        return self.config.target_modules
 
     def check(self, name: str, linear: Module) -> None:
         """Raise ValueError if this Linear cannot be wrapped. Called for every target before anything is changed."""
@@ -44,6 +50,18 @@ class Method:
     def wrap(self, name: str, linear: Module) -> Module:
         """The module that replaces `linear`, which is an nn.Linear or already this method's layer."""
         raise NotImplementedError(f"{type(self).__name__} has no wrap()")
+
+    def owned(self, model: Module, own: dict[str, Parameter]) -> dict[str, Parameter]:
+        """The parameters that are saved with the adapter, by the names in its file: `own` are those it added."""
+        return own
+
+    def trained(self, model: Module, own: dict[str, Parameter]) -> Iterable[Parameter]:
+        """The parameters that train while the adapter is active: `own` are those it added."""
+        return own.values()
+
+    def changed(self, model: Module) -> dict[str, Parameter]:
+        """The parameters that a run changes, from its first step to its last, by name: what its checkpoints keep."""
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def start(self, model: Module, optimizer: Any) -> None:
         """Called by `fit` before its first step; the place to refuse an optimizer that does not suit the method."""
@@ -87,7 +105,10 @@ class AdapterLayer(Module):
         active: names of the adapters that take part in forward.
         merged: names of those whose `delta` is inside the weight now.
         disabled: forward is the base layer's.
+        unmergeable: why no weight can take over what the adapter does; empty where one can.
     """
+
+    unmergeable = ""
 
     def __init__(self, base_layer: Linear) -> None:
         self.base_layer = base_layer
