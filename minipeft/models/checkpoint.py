@@ -19,14 +19,16 @@ from ..backend import Array, to_numpy
 from ..files import read_json, write_whole
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # NumPy lacks bfloat16: its bits
-NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+CODES = {"U8": "u1"}  # weights that are quantized, and what belongs to them
+NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file: its shape, and `read()`, which gives its values as floats."""
+    """A tensor in a file: its shape, and `read()`, which gives its values, as floats unless they are `codes`."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    codes: bool = False
 
 
 def map_file(path: Path, dtype: Any, offset: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -34,12 +36,13 @@ def map_file(path: Path, dtype: Any, offset: int, shape: tuple[int, ...]) -> np.
     return np.memmap(path, dtype, "r", offset, shape).view(np.ndarray) if math.prod(shape) else np.empty(shape, dtype)
 
 
-def open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file.
+def open_safetensors(path: Path, codes: bool = False) -> dict[str, StoredTensor]:
+    """The tensors of one file: floats, and with `codes` bytes too.
 
     Raises:
-        ValueError: it is cut short or not safetensors, or a tensor is of a dtype that is not a float.
+        ValueError: it is cut short or not safetensors, or a tensor is of another dtype.
     """
+    dtypes = DTYPES | CODES if codes else DTYPES
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -51,7 +54,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         places = {name: _place(entry) for name, entry in header.items()}
     except (ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
-    return {name: _stored(path, name, 8 + length, size, *place) for name, place in places.items()}
+    return {name: _stored(path, name, 8 + length, size, dtypes, *place) for name, place in places.items()}
 
 
 def _place(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
@@ -62,20 +65,20 @@ def _place(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _stored(
-    path: Path, name: str, base: int, size: int, dtype: str, shape: tuple, start: int, end: int
+    path: Path, name: str, base: int, size: int, dtypes: dict[str, str], dtype: str, shape: tuple, start: int, end: int
 ) -> StoredTensor:
-    if dtype not in DTYPES:
-        raise ValueError(f"{path}: {name} is stored as {dtype}; accepted are {', '.join(DTYPES)}")
+    if dtype not in dtypes:
+        raise ValueError(f"{path}: {name} is stored as {dtype}; accepted are {', '.join(dtypes)}")
     if base + end > size:
         raise ValueError(f"{path}: cut short: {name} ends at byte {base + end}, the file has {size}; download it again")
-    if end - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
+    if end - start != math.prod(shape) * np.dtype(dtypes[dtype]).itemsize:
         raise ValueError(f"{path}: damaged: {name} of shape {shape} cannot be {end - start} bytes of {dtype}")
 
     def read() -> np.ndarray:
-        values = map_file(path, DTYPES[dtype], base + start, shape)
+        values = map_file(path, dtypes[dtype], base + start, shape)
         return from_bfloat16(values) if dtype == "BF16" else values
 
-    return StoredTensor(shape, read)
+    return StoredTensor(shape, read, dtype in CODES)
 
 
 def from_bfloat16(halves: np.ndarray) -> np.ndarray:
@@ -85,14 +88,15 @@ def from_bfloat16(halves: np.ndarray) -> np.ndarray:
     return values.view("<f4")
 
 
-def open_directory(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a Hugging Face directory: model.safetensors, or the shards that its index names.
+def open_directory(path: Path, codes: bool = False) -> dict[str, StoredTensor]:
+    """The tensors of a Hugging Face directory: model.safetensors, or the shards that its index names. With `codes`
+    bytes are accepted as well as floats.
 
     Raises:
         FileNotFoundError: there is neither, or shards are missing.
     """
     if (path / "model.safetensors").is_file():
-        return open_safetensors(path / "model.safetensors")
+        return open_safetensors(path / "model.safetensors", codes)
     index = path / "model.safetensors.index.json"
     if not index.is_file():
         found = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pth"))
@@ -108,7 +112,7 @@ def open_directory(path: Path) -> dict[str, StoredTensor]:
     shards = sorted(set(places.values()))
     if missing := [shard for shard in shards if not (path / shard).is_file()]:
         raise FileNotFoundError(f"{path}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing[:5])}")
-    opened = {shard: open_safetensors(path / shard) for shard in shards}
+    opened = {shard: open_safetensors(path / shard, codes) for shard in shards}
     if lost := [name for name, shard in places.items() if name not in opened[shard]]:
         more = f", nor are {len(lost) - 1} others where they should be" if len(lost) > 1 else ""
         raise ValueError(f"{index}: {lost[0]} is not in {places[lost[0]]}{more}")
@@ -119,7 +123,7 @@ def write_safetensors(path: Path, tensors: dict[str, Array]) -> Path:
     """Write a file whole or not at all, tensor after tensor: no copy of all of them is made on the way.
 
     Raises:
-        ValueError: a dtype that is not a float.
+        ValueError: a dtype that is neither a float nor uint8.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0

@@ -127,7 +127,7 @@ def table_of(quant_type: str) -> np.ndarray:
     """
     if quant_type in ("nf4", "fp4", "dynamic"):
         return {"nf4": nf4_table, "fp4": fp4_table, "dynamic": dynamic_table}[quant_type]()
-    kind, bits = quant_type[:-1], quant_type[-1:]
+    kind, bits = str(quant_type)[:-1], str(quant_type)[-1:]
     if kind in ("nf", "int") and bits in tuple("2345678"):
         return normal_float_table(int(bits)) if kind == "nf" else uniform_table(int(bits))
     raise ValueError(

@@ -6,6 +6,8 @@ import numpy as np
 
 from ..backend import Array
 from ..nn import Linear, Module, Parameter
+from .codes import table_of
+from .int8 import quantize_int8
 from .linear import Linear4bit, Linear8bit, QuantizedLinear
 from .nf4 import QuantizedTensor, double_quantize, quantize
 from .state import from_state_tensors, state_tensors
@@ -32,8 +34,7 @@ def quantize_model(
         ValueError: nothing to quantize, a name in `skip` that no Linear has, an unknown code, or weights that are not
             finite; the model is then as it was.
     """
-    heads = {f"{name}.{m.output_head}".lstrip(".") for name, m in model.named_modules() if m.output_head}
-    linears = {name: m for name, m in model.named_modules() if type(m) is Linear and name not in heads}
+    linears = codable_linears(model)
     for ending in skip:
         found = [name for name in linears if name == ending or name.endswith("." + ending)]
         if not found:
@@ -42,30 +43,60 @@ def quantize_model(
             del linears[name]
     if not linears:
         raise ValueError("model: it has no Linear to quantize besides its output heads")
-    if quant == "int8":
-        quant = "dynamic"
-    layers = {name: _quantized(linear, quant, blocksize, double_quant) for name, linear in linears.items()}
+    code = code_of(quant)
+    layers = {
+        name: coded_layer(coded(linear.weight.data, code, blocksize, double_quant), linear.bias)
+        for name, linear in linears.items()
+    }
     for name, layer in layers.items():
         model.set_submodule(name, layer)
+    return frozen_in_full_precision(model)
+
+
+def codable_linears(model: Module) -> dict[str, Linear]:
+    """The Linears whose weight may become codes, by name: all but the output heads.
+
+    Raises:
+        ValueError: the model has adapters, whose factors are Linears too.
+    """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("model: it has adapters; quantize the base, then attach adapters with get_peft_model")
+    heads = {f"{name}.{m.output_head}".lstrip(".") for name, m in model.named_modules() if m.output_head}
+    return {name: m for name, m in model.named_modules() if type(m) is Linear and name not in heads}
+
+
+def code_of(quant: str) -> str:
+    """The table's name that a user's word means: `"int8"` is the 8-bit dynamic code. ValueError: there is none."""
+    code = "dynamic" if quant == "int8" else quant
+    table_of(code)
+    return code
+
+
+def coded(W: Array, code: str, blocksize: int = 64, double_quant: bool = True) -> QuantizedTensor:
+    """W in blocks of a code; of codes up to 4 bits with `double_quant` the block maxima are codes too. What is half
+    precision dequantizes to float32. Raises as `quantize`."""
+    q = quantize_int8(W, blocksize) if code == "dynamic" else quantize(W, code, blocksize)
+    q = double_quantize(q) if double_quant and len(q.table) <= 16 else q
+    return q.to(dtype=np.float32) if q.dtype.itemsize < 4 else q
+
+
+def coded_layer(q: QuantizedTensor, bias: Parameter | None = None) -> QuantizedLinear:
+    """The layer that holds these codes: `Linear4bit`, `Linear8bit`, or their base for other codes."""
+    kinds = {"nf4": Linear4bit, "fp4": Linear4bit, "dynamic": Linear8bit}
+    return kinds.get(q.quant_type, QuantizedLinear)(q, bias)
+
+
+def frozen_in_full_precision(model: Module) -> Module:
+    """Freeze everything; what is half precision (norms, head, embeddings, biases, dequantized weights) becomes
+    float32. The model is changed and returned."""
     for parameter in model.parameters():
         parameter.requires_grad, parameter.grad = False, None
         if parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.astype(np.float32)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) and module.quantized.dtype.itemsize < 4:
+            module.quantized = module.quantized.to(dtype=np.float32)
     return model
-
-
-def _quantized(linear: Linear, quant: str, blocksize: int, double_quant: bool) -> QuantizedLinear:
-    dtype = linear.weight.dtype if linear.weight.dtype.itemsize >= 4 else np.float32
-    if quant == "dynamic":
-        return Linear8bit.from_linear(linear, blocksize, dtype)
-    q = quantize(linear.weight.data, quant, blocksize)
-    nested = double_quant and len(q.table) <= 16
-    return _layer((double_quantize(q) if nested else q).to(dtype=dtype), linear.bias)
-
-
-def _layer(q: QuantizedTensor, bias: Parameter | None) -> QuantizedLinear:
-    kinds = {"nf4": Linear4bit, "fp4": Linear4bit, "dynamic": Linear8bit}
-    return kinds.get(q.quant_type, QuantizedLinear)(q, bias)
 
 
 def dequantize_model(model: Module) -> Module:
@@ -108,7 +139,7 @@ def load_quantized_state_dict(model: Module, tensors: dict[str, Array]) -> Modul
         q = from_state_tensors(tensors, name, module.weight.dtype)
         if q.shape != module.weight.shape:
             raise ValueError(f"{name}: saved with shape {q.shape}, the model's is {module.weight.shape}")
-        layers[name.removesuffix(".weight")] = _layer(q, module.bias)
+        layers[name.removesuffix(".weight")] = coded_layer(q, module.bias)
     parts = tuple(f"{name}." for name in coded)
     rest = {key: value for key, value in tensors.items() if key not in coded and not key.startswith(parts)}
     own = {name for name, _ in model.named_parameters()} - set(coded)
