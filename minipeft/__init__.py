@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .methods.adalora import AdaLoraConfig
     from .methods.lora import LoraConfig
     from .methods.lora_pro import LoraProConfig
+    from .methods.qlora import LoftQConfig, finish_qlora, prepare_model_for_kbit_training
     from .models.load import load_model, save_model
     from .peft import PeftModel, get_peft_model
     from .tokenizer import load_tokenizer
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AdaLoraConfig",
+    "LoftQConfig",
     "LoraConfig",
     "LoraProConfig",
     "PeftModel",
     "Tensor",
     "backend",
     "checkpoint",
+    "finish_qlora",
     "fit",
     "get_peft_model",
     "gradcheck",
@@ -38,6 +41,7 @@ __all__ = [
     "no_grad",
     "ops",
     "optim",
+    "prepare_model_for_kbit_training",
     "rank",
     "save_model",
     "set_default_dtype",
@@ -46,16 +50,19 @@ __all__ = [
 # What is imported when it is first asked for: `import minipeft` costs little more than `import numpy`. "" is a module.
 LATER = {
     "AdaLoraConfig": "methods.adalora",
+    "LoftQConfig": "methods.qlora",
     "LoraConfig": "methods.lora",
     "LoraProConfig": "methods.lora_pro",
     "PeftModel": "peft",
     "checkpoint": "checkpointing",
+    "finish_qlora": "methods.qlora",
     "fit": "train",
     "get_peft_model": "peft",
     "gradcheck": "gradient_check",
     "load_model": "models.load",
     "load_tokenizer": "tokenizer",
     "methods": "",
+    "prepare_model_for_kbit_training": "methods.qlora",
     "rank": "",
     "save_model": "models.load",
 }

@@ -72,12 +72,16 @@ def check_fit(path: str | os.PathLike, values: dict[str, Array], wanted: dict[st
 
 def portable(config: Any, targets: list[str]) -> Any:
     """The config in words that PEFT knows: targets by their names, since its "all-linear" means another set on models
-    that are not its own; and of the start values only whether the base stays as it is."""
+    that are not its own; and of the start values only whether the base stays as it is.
+
+    LoftQ's authors save so too, for the base with the codes. PEFT passes over the `loftq_config` that stays; here it
+    says that an unquantized base is to become codes first.
+    """
     changes: dict[str, Any] = {}
     wanted = getattr(config, "target_modules", targets)
     if wanted is None or (isinstance(wanted, str) and wanted.lower() in ALL_LINEAR):
         changes["target_modules"] = targets
-    if getattr(config, "init_lora_weights", None) in ("kaiming", "gaussian_b"):
+    if getattr(config, "init_lora_weights", None) in ("kaiming", "gaussian_b", "loftq"):
         changes["init_lora_weights"] = True
     return replace(config, **changes)
 

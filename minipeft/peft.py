@@ -264,13 +264,14 @@ class PeftModel(Module):
         coded = [name for name, layer in self.adapter_layers() if isinstance(layer.base_layer, QuantizedLinear)]
         if coded:
             raise ValueError(
-                f"merge_adapter: {len(coded)} layers hold their weights as codes ({coded[0]!r} …); call "
-                "quant.dequantize_model(model) first, and quant.quantize_model after if they are to be codes again"
+                f"merge_adapter: {len(coded)} layers hold their weights as codes ({coded[0]!r} …), and rounding the "
+                "sum to codes loses a part of the update; finish_qlora(model, how, inputs=…) has how='keep' (apart), "
+                "'merge' (in full precision) and 'requantize' (codes again), and measures what each costs"
             )
-        for _, layer in self.adapter_layers():
         for name, layer in self.adapter_layers():
             if layer.unmergeable and set(names) & set(layer.adapters):
                 raise ValueError(f"merge_adapter: {name!r} cannot be merged: {layer.unmergeable}")
+        for _, layer in self.adapter_layers():
             layer.merge(names)
 
     def unmerge_adapter(self) -> None:
@@ -402,10 +403,15 @@ def _read(
 ) -> tuple[Any, dict[str, Array]]:
     """The config and the tensors of a saved adapter, checked against the model, which is not touched."""
     config, values = read_adapter(path)
-    config = replace(config, inference_mode=not is_trainable)
     if is_trainable and not getattr(config, "file_trains", True):
         raise ValueError(f"is_trainable: {path} holds {config.peft_type}'s result, not what made it; False is accepted")
+    config = replace(config, inference_mode=not is_trainable)
+    trial_config = config
+    if getattr(config, "init_lora_weights", None) == "loftq":  # the shapes need no codes; codes that are there stay
+        trial_config = replace(config, init_lora_weights=True)
+        if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            config = trial_config
     shared = {id(a): a for p in model.parameters() for a in (p.data, p.grad)}  # the trial model copies no weight
-    trial = _adapted(copy.deepcopy(model, shared), config, None, None, adapter_name, 0)
+    trial = _adapted(copy.deepcopy(model, shared), trial_config, None, None, adapter_name, 0)
     check_fit(path, values, {name: parameter.shape for name, parameter in trial.adapter_state(adapter_name).items()})
     return config, values

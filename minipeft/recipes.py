@@ -12,8 +12,11 @@ from typing import Any
 from .methods.adalora import AdaLoraConfig
 from .methods.lora import LoraConfig
 from .methods.lora_pro import LoraProConfig
+from .methods.qlora import LoftQConfig
 from .nn import Module
 from .peft import get_peft_model
+from .quant.linear import QuantizedLinear
+from .quant.model import quantize_model
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,14 @@ class Recipe:
 
     `lr`, on the digits, is the best on the validation digits of those that are named beside it. `language_lr` is for
     the pre-trained language model, whose weights have less far to go.
+
+    With `quantize` all Linears but the output head hold their weight in that code before adapters are attached.
     """
 
     config: Callable[[Choice], Any] | None
     lr: float
     language_lr: float = 5e-4
+    quantize: str | None = None
 
 
 def _lora(c: Choice, **variant: Any) -> LoraConfig:
@@ -61,17 +67,30 @@ METHODS = {
     "full": Recipe(None, 3e-3, 3e-5),  # 1, 3, 6 ·1e-3
     "lora": Recipe(_lora, 5e-3),  # 5, 10, 20 ·1e-3
     "rslora": Recipe(lambda c: _lora(c, use_rslora=True), 5e-3),
+    "qlora": Recipe(_lora, 5e-3, quantize="nf4"),
     "dora": Recipe(lambda c: _lora(c, use_dora=True), 5e-3),
+    "qdora": Recipe(lambda c: _lora(c, use_dora=True), 5e-3, quantize="nf4"),
     "adalora": Recipe(_adalora, 2e-2),  # 1, 2, 5 ·1e-2
     "lora-pro": Recipe(_lora_pro, 5e-3),  # 1, 2, 5, 10, 20 ·1e-3
+    "pissa": Recipe(lambda c: _lora(c, init_lora_weights="pissa"), 5e-3),
+    "loftq": Recipe(lambda c: _lora(c, init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_iter=5)), 5e-3),
 }
 
 
 def prepared(
     model: Module, method: str, choice: Choice, seed: int = 0, batches: Any = None, loss_fn: Any = None
 ) -> Module:
-    """The model as `method` trains it: with its adapters, or, for "full", with all weights but the output head free."""
+    """The model as `method` trains it: with its adapters, or, for "full", with all weights but the output head free.
+
+    Raises:
+        ValueError: "full" on a model that holds codes, which cannot train; or as `quantize_model`, `get_peft_model`.
+    """
     recipe = METHODS[method]
+    coded = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    if recipe.quantize and not coded:  # codes that a checkpoint came with, or that it was loaded into, stay
+        quantize_model(model, recipe.quantize)
+    if recipe.config is None and coded:
+        raise ValueError(f"method: {method!r} trains the weights, and these are codes; 'qlora' trains beside them")
     if recipe.config is not None:
         return get_peft_model(model, recipe.config(choice), batches, loss_fn, seed=seed)
     model.requires_grad_(True)

@@ -353,7 +353,8 @@ class LoraConfig:
         target_modules: `"all-linear"` (or the document's `"ALL"`: every Linear but the output head), a regular
             expression that a whole name must match, or names and endings of names.
         init_lora_weights: True (PEFT's default, `"kaiming"`), False (A and B both random: not the identity, for tests),
-            or one of `INITS`.
+            one of `INITS`, or `"loftq"`: the weight becomes codes, and A and B start as what these lack.
+        loftq_config: `LoftQConfig(loftq_bits, loftq_iter)` for `"loftq"`.
         use_rslora: s = α/√r.
         use_dora: DoRA, a magnitude for every output beside the factors (methods/dora.py).
         dora_magnitude: "column" (PEFT's) or "scalar" (the document's one magnitude for a matrix).
@@ -371,6 +372,7 @@ class LoraConfig:
     lora_dropout: float = 0.0
     target_modules: str | list[str] | None = None
     init_lora_weights: bool | str = True
+    loftq_config: Any = None
     use_rslora: bool = False
     use_dora: bool = False
     dora_magnitude: str = "column"
@@ -398,9 +400,15 @@ class LoraConfig:
         self.lora_dropout = float(self.lora_dropout)
         if self.bias not in BIASES:
             raise ValueError(f"bias: got {self.bias!r}; accepted are {', '.join(map(repr, BIASES))}")
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in INITS:
-            accepted = f"True, False, {', '.join(map(repr, INITS))}"
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in (*INITS, "loftq"):
+            accepted = f"True, False, {', '.join(map(repr, INITS))}, 'loftq'"
             raise ValueError(f"init_lora_weights: got {self.init_lora_weights!r}; accepted are {accepted}")
+        if self.init_lora_weights == "loftq" or self.loftq_config:
+            from .qlora import loftq_config  # QLoRA is built on LoRA
+
+            self.loftq_config = loftq_config(self.loftq_config)
+            if self.init_lora_weights == "loftq" and self.use_dora:
+                raise ValueError("use_dora: got True with init_lora_weights='loftq'; False is accepted")
         if not isinstance(self.use_dora, bool):
             raise ValueError(f"use_dora: got {self.use_dora!r}; True and False are accepted")
         for name, accepted in _DORA_CHOICES.items():
@@ -415,6 +423,10 @@ class LoraConfig:
             from .dora import Dora  # DoRA is built on LoRA
 
             return Dora(self)
+        if self.init_lora_weights == "loftq":
+            from .qlora import LoftQ
+
+            return LoftQ(self)
         return Lora(self)
 
     def rank_of(self, name: str) -> int:
@@ -428,6 +440,8 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of PEFT's adapter_config.json; what is not in it has PEFT's default."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
+        if not self.loftq_config:
+            del data["loftq_config"]
         return {k: v for k, v in data.items() if k not in _DORA_CHOICES or v != _DORA_CHOICES[k][0]}
 
     @classmethod
@@ -446,6 +460,8 @@ class LoraConfig:
         own = {key: value for key, value in data.items() if key in known}
         if own.get("init_lora_weights") in _BASE_KEEPING_INITS:
             own["init_lora_weights"] = True
+        if own.get("loftq_config") and own.get("init_lora_weights") is True:
+            own["init_lora_weights"] = "loftq"  # as `adapter_files.portable` writes it
         return cls(**own)
 
 
@@ -453,7 +469,7 @@ class LoraConfig:
 _DORA_CHOICES = {"dora_magnitude": ("column", "scalar"), "dora_norm": ("constant", "graph")}
 # PEFT's fields that are set without changing what a LoRA adapter computes
 _BASE_KEEPING_INITS = ("eva", "orthogonal")  # PEFT's inits that leave W as it is: a saved adapter needs no more
-_NO_EFFECT = {"auto_mapping", "megatron_core", "peft_version", "qalora_group_size", "revision", "loftq_config"}
+_NO_EFFECT = {"auto_mapping", "megatron_core", "peft_version", "qalora_group_size", "revision"}
 
 
 def _names(argument: str, names: Any) -> list[str]:

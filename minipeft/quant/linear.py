@@ -63,8 +63,8 @@ class QuantizedWeight(Tensor):
     @data.setter
     def data(self, value: Array) -> None:
         raise ValueError(
-            "weight: it is held as codes and cannot be changed in place; merge into full precision with "
-            "dequantize_model(model) first, and quantize_model(model) after, if it is to be codes again"
+            "weight: it is held as codes and cannot be changed in place; make the layer a plain one with to_linear() "
+            "or dequantize_model(model), or finish adapters with methods.qlora.finish_qlora"
         )
 
     @property
