@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .checkpointing import checkpoint
     from .gradient_check import gradcheck
     from .methods.adalora import AdaLoraConfig
+    from .methods.hybrid import FullThenLoraConfig
     from .methods.lora import LoraConfig
     from .methods.lora_pro import LoraProConfig
     from .methods.qlora import LoftQConfig, finish_qlora, prepare_model_for_kbit_training
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AdaLoraConfig",
+    "FullThenLoraConfig",
     "LoftQConfig",
     "LoraConfig",
     "LoraProConfig",
@@ -50,6 +52,7 @@ __all__ = [
 # What is imported when it is first asked for: `import minipeft` costs little more than `import numpy`. "" is a module.
 LATER = {
     "AdaLoraConfig": "methods.adalora",
+    "FullThenLoraConfig": "methods.hybrid",
     "LoftQConfig": "methods.qlora",
     "LoraConfig": "methods.lora",
     "LoraProConfig": "methods.lora_pro",

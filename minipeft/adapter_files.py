@@ -11,10 +11,15 @@ from typing import Any
 from . import files
 from .backend import Array, get_namespace, matmul
 from .methods.adalora import AdaLoraConfig
+from .methods.hybrid import FullThenLoraConfig
 from .methods.lora import LoraConfig
 from .targets import ALL_LINEAR
 
-CONFIGS: dict[str, type] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}  # by the peft_type in adapter_config.json
+CONFIGS: dict[str, type] = {  # by the peft_type in adapter_config.json; PEFT has the first two
+    "LORA": LoraConfig,
+    "ADALORA": AdaLoraConfig,
+    "FULL_THEN_LORA": FullThenLoraConfig,
+}
 
 
 def write_adapter(path: str | os.PathLike, config: Any, values: dict[str, Array]) -> None:
