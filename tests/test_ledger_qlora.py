@@ -11,9 +11,9 @@ import pytest
 from scipy.special import ndtri
 
 from minipeft import ledger, optim, quant
-from minipeft.ledger import qlora_after, qlora_codes, qlora_cost, qlora_static, qlora_steps, qlora_training
+from minipeft.ledger import qlora_after, qlora_codes, qlora_cost, qlora_paged, qlora_static, qlora_steps, qlora_training
 from minipeft.measure import estimate
-from minipeft.methods import lora
+from minipeft.methods import lora, qlora
 from minipeft.quant import linear as coded
 
 EXPECTED = {
@@ -195,8 +195,8 @@ def test_the_largest_batch_is_the_last_that_fits():
 
 def test_a_paged_optimizer_with_other_updates_fails_its_claim(monkeypatch):
     monkeypatch.setattr(optim, "PagedAdamW", lambda params, lr: optim.AdamW(params, lr=lr, eps=1e-7))
-    monkeypatch.setattr(qlora_cost, "_under_a_cap", lambda: None)
-    assert qlora_cost.paged().verdict == "failed"
+    monkeypatch.setattr(qlora_paged, "_under_a_cap", lambda: None)
+    assert qlora_paged.paged().verdict == "failed"
 
 
 @pytest.mark.parametrize("name", ["AdamW", "PagedAdamW"])
@@ -210,21 +210,18 @@ def test_an_optimizer_that_ends_otherwise_under_the_cap_fails_the_claim_on_pagin
         "file": 4e7,
     }
     other = {"AdamW": "finished", "PagedAdamW": "MemoryError"}[name]
-    monkeypatch.setattr(qlora_cost, "_under_a_cap", lambda: {**capped, name: other})
-    monkeypatch.setattr(qlora_cost.sys, "platform", "linux")
-    assert qlora_cost.paged().verdict == "failed"
+    monkeypatch.setattr(qlora_paged, "_under_a_cap", lambda: {**capped, name: other})
+    monkeypatch.setattr(qlora_paged.sys, "platform", "linux")
+    assert qlora_paged.paged().verdict == "failed"
 
 
 def test_a_start_that_corrects_nothing_fails_the_claim_on_compensation(monkeypatch):
-    def useless(W, r, quant_type, scaling):
-        q, A, B = LOFTQ(W, r, quant_type, scaling)
+    def useless(*args, **kwargs):
+        q, A, B = qlora.loftq_init(*args, **kwargs)
         return q, 0 * A, B
 
-    monkeypatch.setattr(qlora_training, "loftq", useless)
+    monkeypatch.setattr(qlora_training, "loftq_init", useless)
     assert qlora_training.error_compensation().verdict == "failed"
-
-
-LOFTQ = qlora_training.loftq
 
 
 def test_a_merge_with_the_wrong_scaling_fails_the_merge_claim(monkeypatch):
@@ -234,5 +231,15 @@ def test_a_merge_with_the_wrong_scaling_fails_the_merge_claim(monkeypatch):
 
 
 def test_new_codes_that_lose_nothing_would_make_the_documents_statement_right(monkeypatch):
-    monkeypatch.setattr(qlora_after, "quantize_model", lambda model: model)
+    lossless = lambda model, how, inputs: qlora.finish_qlora(model, "keep", inputs=inputs)  # noqa: E731
+    monkeypatch.setattr(qlora_after, "finish_qlora", lossless)
     assert qlora_after.merge().verdict == "confirmed"
+
+
+def test_a_report_that_hides_the_error_fails_the_merge_claim(monkeypatch):
+    def hiding(model, how, inputs):
+        model, report = qlora.finish_qlora(model, how, inputs=inputs)
+        return model, dataclasses.replace(report, rms_error=0.0)
+
+    monkeypatch.setattr(qlora_after, "finish_qlora", hiding)
+    assert qlora_after.merge().verdict == "failed"

@@ -16,7 +16,15 @@ from typing import Any
 # The contents, in the document's order: each section's modules, and the ids of its claims.
 MODULES = {
     "LoRA": ("lora", "others"),
-    "QLoRA": ("qlora_codes", "qlora_steps", "qlora_static", "qlora_training", "qlora_after", "qlora_cost"),
+    "QLoRA": (
+        "qlora_codes",
+        "qlora_steps",
+        "qlora_static",
+        "qlora_training",
+        "qlora_after",
+        "qlora_cost",
+        "qlora_paged",
+    ),
     "AdaLoRA": ("adalora",),
     "LoRA-GA": ("lora_ga",),
     "DoRA": ("dora",),

@@ -10,11 +10,12 @@ import numpy as np
 
 from .. import data, nn, ops
 from ..adapter_files import read_adapter
+from ..methods.qlora import FinishReport, finish_qlora
 from ..models import load_base
 from ..models.pretrain import accuracy
 from ..nn import Module
 from ..peft import PeftModel
-from ..quant import Linear4bit, dequantize_model, quantize_model
+from ..quant import Linear4bit, quantize_model
 from ..quant.blockwise import block_maxima
 from ..quant.codes import unpack
 from ..quant.nf4 import dequantize, double_quantize, quantize_nf4
@@ -67,7 +68,7 @@ def merge() -> Evidence:
     test, trained = data.digits.transfer().test, train("nf4").model.eval()
     with no_grad():
         outputs = trained(test.x).data
-    found = {how: _judged(_finished(copy.deepcopy(trained), how), *test, outputs) for how in HOW}
+    found = {how: _judged(*finish_qlora(copy.deepcopy(trained), how, inputs=test.x), *test, outputs) for how in HOW}
     layers = {name: layer.delta("default") for name, layer in trained.adapter_layers()}
     starts = {name: layer.weight.data for name, layer in coded_layers(trained).items()}
     lost = {c: [_lost(starts[name], c * delta) for name, delta in layers.items()] for c in (1.0, 0.1, 0.01)}
@@ -76,17 +77,18 @@ def merge() -> Evidence:
     keep, full, codes = (found[how] for how in HOW)
     size = float(np.mean([np.linalg.norm(layers[name]) / np.linalg.norm(starts[name]) for name in layers]))
     rows = (
-        f"{label} {found[how]['loss']:.4f} ({found[how]['accuracy']:.1%}, {found[how]['output_error']:.0e})"
+        f"{label} {found[how]['loss']:.4f} ({found[how]['accuracy']:.1%}, {found[how]['output_error']:.0e}, "
+        f"{found[how]['bytes'] / 1e3:.0f} kB)"
         for how, label in HOW.items()
     )
     return Evidence(
-        f"Loss (accuracy, output error): {'; '.join(rows)}. Rounding to codes loses {noise[1.0]:.0%} of ‖ΔW‖, "
+        f"Loss (accuracy, output error, size): {'; '.join(rows)}. Rounding to codes loses {noise[1.0]:.0%} of ‖ΔW‖, "
         f"where ΔW is {size:.1f} times as large as W; of an update a hundredth as large {left[0.01]:.0%} is left.",
         holds=codes["output_error"] < 1e-5,
         instead=keep["output_error"] == 0
         and full["output_error"] < 1e-5 < codes["output_error"]
-        and codes["loss"] != keep["loss"]
-        and noise[1.0] > 0.01,
+        and codes["bytes"] < keep["bytes"] < full["bytes"]
+        and all(abs(f["output_error"] - f["reported_error"]) < 1e-6 for f in found.values()),
         figures={
             **found,
             "update_over_weight": size,
@@ -99,21 +101,16 @@ def merge() -> Evidence:
 HOW = {"keep": "apart", "merge": "merged in full precision", "requantize": "merged into new codes"}
 
 
-def _finished(model: Module, how: str) -> Module:
-    if how == "keep":
-        return model
-    merged = dequantize_model(model).merge_and_unload()
-    return merged if how == "merge" else quantize_model(merged)
-
-
 @no_grad()
-def _judged(model: Module, x: np.ndarray, y: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
-    """Loss and accuracy; the distance of the outputs from those of the model kept apart, ÷ their size."""
+def _judged(model: Module, report: FinishReport, x: np.ndarray, y: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
+    """Loss and accuracy; the distance of the outputs from those of the model kept apart, ÷ their size; bytes."""
     logits = model(x)
     return {
         "loss": ops.cross_entropy(logits, y).item(),
         "accuracy": float((logits.data.argmax(axis=1) == y).mean()),
         "output_error": float(np.linalg.norm(logits.data - outputs) / np.linalg.norm(outputs)),
+        "reported_error": report.rms_error,
+        "bytes": report.bytes_after,
     }
 
 
@@ -133,9 +130,8 @@ def inference_dequant() -> Evidence:
     layers = len(coded_layers(model))
     numbers = sum(layer.quantized.size for layer in coded_layers(model).values())
     apart = _count(model, x)
-    merged = quantize_model(dequantize_model(model).merge_and_unload())
-    again = _count(merged, x)
-    full = _count(dequantize_model(merged), x)
+    again = _count(finish_qlora(copy.deepcopy(model), "requantize", inputs=x)[0], x)
+    full = _count(finish_qlora(model, "merge", inputs=x)[0], x)
     table_error, looked_up = _table_product()
     return Evidence(
         f"An inference pass of the trained MLP dequantizes {apart['weights']} of its {layers} coded weights "

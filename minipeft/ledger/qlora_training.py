@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from .. import data, ops, optim
 from ..methods.lora import LoraConfig
+from ..methods.qlora import loftq_init
 from ..models import load_base
 from ..models.pretrain import accuracy
 from ..nn import Module
 from ..peft import get_peft_model
 from ..quant import QuantizedLinear, QuantizedTensor, quantize_model
-from ..quant.nf4 import dequantize, double_quantize, quantize
-from ..rank import truncated_svd
 from ..recipes import METHODS
 from ..tensor import Tensor, no_grad
 from ..train import fit
@@ -81,13 +79,10 @@ def end_of(losses: list[float]) -> float:
 def quality() -> Evidence:
     """Final loss and accuracy of full fine-tuning, LoRA and QLoRA on the same task, over seeds."""
     seeds = range(3)
-    runs: dict[str, list[tuple[list[float], float]]] = {
-        "full": [(run.history.loss, run.accuracy[1]) for run in (adapt("full", "mlp", seed=seed) for seed in seeds)],
-        "LoRA": [(run.losses, run.accuracy) for run in (train(None, seed=seed) for seed in seeds)],
-        "QLoRA": [(run.losses, run.accuracy) for run in (train("nf4", seed=seed) for seed in seeds)],
-    }
-    loss = {name: [end_of(losses) for losses, _ in each] for name, each in runs.items()}
-    reached = {name: [accuracy for _, accuracy in each] for name, each in runs.items()}
+    methods = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+    runs = {name: [adapt(method, "mlp", seed=seed) for seed in seeds] for method, name in methods.items()}
+    loss = {name: [end_of(run.history.loss) for run in each] for name, each in runs.items()}
+    reached = {name: [run.accuracy[1] for run in each] for name, each in runs.items()}
     text = "; ".join(
         f"{name} {np.mean(loss[name]):.3f} ± {np.std(loss[name]):.3f}, {np.mean(reached[name]):.1%} ± "
         f"{np.std(reached[name]):.1%}"
@@ -98,7 +93,11 @@ def quality() -> Evidence:
     return Evidence(
         f"MLP on shifted digits, r = 8, {STEPS} steps, {len(seeds)} seeds, loss and accuracy: {text}. QLoRA's accuracy "
         f"is {100 * gap:.1f} points below full fine-tuning's, of which 4 bits make {100 * of_codes:.1f}.",
-        figures={"loss": loss, "accuracy": reached, "curves": {name: each[0][0] for name, each in runs.items()}},
+        figures={
+            "loss": loss,
+            "accuracy": reached,
+            "curves": {name: each[0].history.loss for name, each in runs.items()},
+        },
     )
 
 
@@ -181,7 +180,8 @@ def _compensating(quant: str, objective: str) -> Module:
     if objective == "loftq":
         for name, layer in model.adapter_layers():
             s = layer.scaling["default"]
-            q, A, B = loftq(base.get_submodule(name).weight.data, 8, quant, s)
+            W = base.get_submodule(name).weight.data
+            q, A, B = loftq_init(W, 8, quant_type=quant, scaling=s, double_quant=True)
             layer.base_layer.quantized = q
             layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = A, B
     if objective in ("nothing", "loftq"):
@@ -197,13 +197,3 @@ def _compensating(quant: str, objective: str) -> Module:
     loss_fn = distance if objective == "outputs" else None
     fit(model, batches, steps=STEPS, optimizer=optimizer, loss_fn=loss_fn, progress=False)
     return model.eval()
-
-
-def loftq(W: np.ndarray, r: int, quant: str, scaling: float, turns: int = 5) -> tuple[Any, np.ndarray, np.ndarray]:
-    """Codes Q of W − s·BA, and A, B from the SVD of W − Q, in turn. LoftQ: Li et al. 2023, algorithm 1."""
-    A, B = np.zeros((r, W.shape[1]), W.dtype), np.zeros((W.shape[0], r), W.dtype)
-    for _ in range(turns):
-        q = double_quantize(quantize(W - scaling * B @ A, quant))
-        U, S, Vt = truncated_svd((W - dequantize(q)) / scaling, r)
-        A, B = np.sqrt(S)[:, None] * Vt, U * np.sqrt(S)
-    return q, A, B
