@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .checkpointing import checkpoint
     from .gradient_check import gradcheck
     from .methods.adalora import AdaLoraConfig
+    from .methods.bottleneck import BottleneckAdapterConfig
     from .methods.hybrid import FullThenLoraConfig
     from .methods.lora import LoraConfig
     from .methods.lora_pro import LoraProConfig
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AdaLoraConfig",
+    "BottleneckAdapterConfig",
     "FullThenLoraConfig",
     "LoftQConfig",
     "LoraConfig",
@@ -52,6 +54,7 @@ __all__ = [
 # What is imported when it is first asked for: `import minipeft` costs little more than `import numpy`. "" is a module.
 LATER = {
     "AdaLoraConfig": "methods.adalora",
+    "BottleneckAdapterConfig": "methods.bottleneck",
     "FullThenLoraConfig": "methods.hybrid",
     "LoftQConfig": "methods.qlora",
     "LoraConfig": "methods.lora",

@@ -11,6 +11,7 @@ from typing import Any
 from . import files
 from .backend import Array, get_namespace, matmul
 from .methods.adalora import AdaLoraConfig
+from .methods.bottleneck import BottleneckAdapterConfig
 from .methods.hybrid import FullThenLoraConfig
 from .methods.lora import LoraConfig
 from .targets import ALL_LINEAR
@@ -18,6 +19,7 @@ from .targets import ALL_LINEAR
 CONFIGS: dict[str, type] = {  # by the peft_type in adapter_config.json; PEFT has the first two
     "LORA": LoraConfig,
     "ADALORA": AdaLoraConfig,
+    "BOTTLENECK_ADAPTER": BottleneckAdapterConfig,
     "FULL_THEN_LORA": FullThenLoraConfig,
 }
 
