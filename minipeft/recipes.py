@@ -34,15 +34,20 @@ class Recipe:
     """A method's config (None: all weights but the output head train), and its learning rates.
 
     `lr`, on the digits, is the best on the validation digits of those that are named beside it. `language_lr` is for
-    the pre-trained language model, whose weights have less far to go.
+    a pre-trained language model, whose weights have less far to go: a tenth, where it is not named. LoRA's was chosen
+    so that SmolLM2 learns its new name and forgets little: 40 steps at 5e-4 raise perplexity by 2.5 %, at 1e-3 by 4.5.
 
     With `quantize` all Linears but the output head hold their weight in that code before adapters are attached.
     """
 
     config: Callable[[Choice], Any] | None
     lr: float
-    language_lr: float = 5e-4
+    language_lr: float | None = None
     quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.language_lr is None:
+            object.__setattr__(self, "language_lr", self.lr / 10)
 
 
 def _lora(c: Choice, **variant: Any) -> LoraConfig:
