@@ -18,6 +18,7 @@ import numpy as np
 from .. import backend
 from ..backend import Array, get_namespace
 from ..nn import Dropout, Linear, Module
+from ..quant.blocks import flat_floats
 from ..quant.blockwise import QuantizedTensor, dequantize
 from ..quant.linear import QuantizedLinear
 from ..quant.model import coded, coded_layer, dequantize_model, frozen_in_full_precision
@@ -58,6 +59,7 @@ def loftq_init(
     """
     if getattr(W, "ndim", None) != 2:
         raise ValueError(f"W: expected a matrix (out, in), got {getattr(W, 'shape', type(W).__name__)}")
+    flat_floats("W", W)
     check_r("r", r, *W.shape)
     if not isinstance(iterations, int | np.integer) or isinstance(iterations, bool) or iterations < 1:
         raise ValueError(f"iterations: got {iterations!r}; an int of at least 1 is accepted")

@@ -28,7 +28,7 @@ SMALLEST = 1e-38
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A tensor as codes. Immutable; `dequantize` gives the numbers.
+    """A tensor as codes. Immutable; `dequantize` gives the numbers. ValueError where the parts do not fit each other.
 
     Attributes:
         codes: the packed codes, (⌈size·bits/8⌉,) uint8 (see `codes.pack`).
@@ -50,6 +50,21 @@ class QuantizedTensor:
     offset: Array | None = None
     nested_absmax: Array | None = None
     nested_blocksize: int | None = None
+
+    def __post_init__(self) -> None:
+        check_blocksize(self.blocksize)
+        bits, count = bits_of(table_of(self.quant_type)), -(-self.size // self.blocksize)
+        needed = {"codes": (-(-self.size * bits // 8), "uint8"), "absmax": (count, "float32")}
+        if self.nested:
+            needed["absmax"] = (count, "uint8")
+            needed["nested_absmax"] = (-(-count // max(self.nested_blocksize or 1, 1)), "float32")
+        for name, (size, dtype) in needed.items():
+            part = getattr(self, name)
+            if part.size != size or part.dtype != dtype:
+                raise ValueError(
+                    f"{name}: got {part.size} × {part.dtype}; {self.quant_type} of shape {self.shape} in blocks of "
+                    f"{self.blocksize} needs {size} × {dtype}"
+                )
 
     @property
     def table(self) -> Array:
