@@ -206,7 +206,9 @@ COLOURS = {
 WIDE = 120  # columns from which the claim and its statement stand side by side
 
 
-@app.command(epilog="[bold]minipeft verify[/]   or   [bold]minipeft verify LoRA --json ledger.json[/]")
+@app.command(
+    epilog="[bold]minipeft verify LoRA --json ledger.json[/]   or   [bold]minipeft verify --html companion.html[/]"
+)
 def verify(
     sections: Annotated[
         list[str] | None,
@@ -214,6 +216,9 @@ def verify(
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write every claim and figure to this file.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write a page to read, with figures and code.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Add what needs the real language model (minutes).")] = False,
 ) -> None:
@@ -224,8 +229,9 @@ def verify(
 
     with user_errors():
         claims = ledger.claims(sections or (), full)
-    if json_file:
-        check_writable(json_file, "--json", directory=False)
+    for file, option in ((json_file, "--json"), (html_file, "--html")):
+        if file:
+            check_writable(file, option, directory=False)
     start, verdicts = time.perf_counter(), []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
@@ -244,6 +250,10 @@ def verify(
         with user_errors():
             _write_ledger(json_file, verdicts, dict(counts), seconds, full)
         out.print(f"written to {json_file}", soft_wrap=True)
+    if html_file:
+        with user_errors(), err.status("drawing …") if err.is_terminal else nullcontext():
+            _write_companion(html_file, verdicts, seconds)
+        out.print(f"written to {html_file}", soft_wrap=True)
     raise typer.Exit(1 if counts["failed"] else 0)
 
 
@@ -273,6 +283,15 @@ def _write_ledger(path: Path, verdicts: list[Any], counts: dict[str, int], secon
     content = {"minipeft": __version__, "full": full, "seconds": round(seconds, 3), "counts": counts}
     content |= {"machine": machine_summary(), "claims": [asdict(verdict) for verdict in verdicts]}
     files.write_json(path, _plain(content))
+
+
+def _write_companion(path: Path, verdicts: list[Any], seconds: float) -> None:
+    from .companion import write_page
+    from .doctor import machine_summary
+
+    machine = machine_summary()
+    described = f"{machine['cpu']}, {machine['cpus']} CPUs, NumPy {machine['numpy']}, Python {machine['python']}"
+    write_page(path, verdicts, described, seconds)
 
 
 def _plain(value: Any) -> Any:

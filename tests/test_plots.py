@@ -40,7 +40,7 @@ def test_ids_are_numbered_in_order_and_links_follow():
 
 
 def test_every_reference_in_a_figure_has_its_id():
-    text = plots.draw_svg(QUICK)
+    text, _ = plots.draw_svg(QUICK)
     ids = set(re.findall(r'\bid="([^"]+)"', text))
     assert set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text)) <= ids
 
@@ -75,7 +75,9 @@ def test_without_a_chinese_font_the_error_says_what_to_install(tmp_path, monkeyp
 
 def test_svg_with_the_reader_s_fonts_needs_none_here(monkeypatch):
     monkeypatch.setattr(style, "chinese_font", lambda: None)
-    assert "前向" in plots.draw_svg("flops", "zh")
+    picture, caption = plots.draw_svg("flops", "zh", "phone")
+    assert "前向" in picture
+    assert caption.startswith("按实际执行的计算图计数")
 
 
 def test_labels_go_back_to_english_after_a_chinese_figure():

@@ -72,8 +72,13 @@ def write_figures(directory: str | os.PathLike, names: list[str] | None = None, 
     return written
 
 
-def draw_svg(name: str, lang: str = "en") -> str:
-    """A figure as SVG with real text, for a page that has fonts of its own."""
-    with drawing(lang, fonttype="none"), warnings.catch_warnings():
+def draw_svg(name: str, lang: str = "en", layout: str = "page") -> tuple[str, str]:
+    """A figure for a page that has fonts of its own: SVG with real text, and where its numbers come from.
+
+    Args:
+        layout: "page", or "phone" with the panels below each other.
+    """
+    with drawing(lang, layout), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # here; the reader's fonts will have it
-        return svg(FIGURES[name]())
+        figure = FIGURES[name]()
+        return svg(figure), figure.get_label()

@@ -11,7 +11,7 @@ from .. import data, rank
 from ..ledger.runs import STEPS, Run, adapt, weight_updates
 from ..measure import memory_report
 from ..recipes import METHODS
-from .style import BLUE, GREEN, GREY, INK, ORANGE, PINK, SKY, VERMILION, image, panels, source, t
+from .style import BLUE, GREEN, GREY, INK, ORANGE, PINK, SKY, VERMILION, fit, image, panels, source, t
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,7 +132,7 @@ def methods() -> Figure:
         yscale="log",
         xlim=(0, STEPS),
     )
-    curve.legend(ncols=2 if len(compared) > 6 else 1)
+    figure.legend(loc="outside upper center", ncols=fit(6, 3))
     points.set(yticks=range(len(compared)), yticklabels=[name_of(m) for m in compared])
     points.set_xlabel(t("test accuracy, %", "测试准确率，%"))
     points.invert_yaxis()

@@ -14,7 +14,7 @@ from ..measure import estimate_memory
 from ..recipes import METHODS, Choice, prepared
 from ..tensor import Tensor
 from .evidence import figures
-from .style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILION, image, panels, source, t
+from .style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILION, fit, image, panels, source, t
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,6 +84,7 @@ def reconstructions() -> Figure:
 
 def _grid(rows: int, columns: int, size: tuple[float, float]) -> Any:
     figure, axes = panels(1, size=size)
+    figure.set_size_inches(fit(size, (5.8, 3.8)))
     axes.remove()
     return figure, figure.subplots(rows, columns)
 
@@ -140,7 +141,7 @@ def merge() -> Figure:
     axes.plot(eps, y, "|", color=VERMILION, ms=26, mew=3, label=t("the dtype's machine epsilon", "该精度的机器精度 ε"))
     axes.set(xscale="log", yticks=y, yticklabels=list(found), xlim=(1e-17, 1), ylim=(3.6, -0.6))
     axes.set_xlabel(t("relative difference, merged against apart", "合并与不合并输出的相对差"))
-    axes.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.42, 1.2))
+    figure.legend(loc="outside upper center", ncols=fit(2, 1))
     return source(
         figure,
         "claim lora.merge: 12 trained layers of the ViT, r = 8, products in float64",
@@ -171,11 +172,11 @@ def memory() -> Figure:
     _stacks(large, seven, 1e9, "GB")
     small.set_title(t("measured: four 512² layers", "实测：四层 512²"))
     large.set_title(t("by formula: 7B, AdamW", "公式计算：7B，AdamW"))
-    figure.legend(*small.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.legend(*small.get_legend_handles_labels(), loc="outside upper center", ncols=fit(4, 2))
     return source(
         figure,
-        "left: live arrays, float32, batch 64, r = 8. right: bfloat16 (QLoRA: NF4), one sequence of 512, checkpointing",
-        "左：存活数组，float32，批大小 64，r = 8。右：bfloat16（QLoRA 为 NF4），一条 512 词元的序列，激活重算",
+        "measured: live float32 arrays, batch 64, r = 8; 7B: bfloat16 (QLoRA: NF4), one sequence of 512, checkpointing",
+        "实测：存活数组，float32，批大小 64，r = 8；7B：bfloat16（QLoRA 为 NF4），一条 512 词元的序列，激活重算",
     )
 
 
@@ -221,7 +222,7 @@ def flops() -> Figure:
         axes.text(f + b / 2, i, f"{b:.2f}", va="center", ha="center", bbox={"fc": "white", "ec": "none", "pad": 2})
     lora = forward[1] + backward[1]
     text = t(f"{lora / 3:.2f} of full;\nlimit in wide layers 2/3", f"全量的 {lora / 3:.2f}；\n宽层极限为 2/3")
-    axes.text(lora + 0.05, 1, text, va="center", color=GREY, fontsize=12.5)
+    axes.text(lora + 0.05, 1, text, va="center", color=GREY, fontsize=fit(12.5, 10))
     axes.set(xlabel=t("products ÷ those of the forward pass", "乘法次数 ÷ 一次前向的乘法次数"), xlim=(0, 3.15))
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)

@@ -46,8 +46,8 @@ def projection() -> Figure:
     scatter.set_title(t("distance ‖g̃ − g‖/‖g‖", "距离 ‖g̃ − g‖/‖g‖"))
     return source(
         figure,
-        "left: a Gaussian gradient 12×16, r = 2, share of ‖g‖². right: claim lorapro.optimal, 30 random layers",
-        "左：12×16 的高斯梯度，r = 2，占 ‖g‖² 的比例。右：结论 lorapro.optimal，30 个随机层",
+        "pictures: a Gaussian gradient 12×16, r = 2, share of ‖g‖²; points: claim lorapro.optimal, 30 random layers",
+        "图像：12×16 的高斯梯度，r = 2，占 ‖g‖² 的比例；散点：结论 lorapro.optimal，30 个随机层",
     )
 
 

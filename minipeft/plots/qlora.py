@@ -9,7 +9,7 @@ import numpy as np
 
 from ..quant.codes import nf4_table, normal_float_steps
 from .evidence import figures
-from .style import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILION, panels, source, t
+from .style import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILION, fit, panels, source, t
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ def nf4() -> Figure:
     height = np.exp(-((table * scale) ** 2) / 2) / np.sqrt(2 * np.pi) * scale
     axes.vlines(table, 0, height, color=BLUE, lw=2)
     axes.plot(table, np.zeros(16), "o", color=BLUE, ms=8, clip_on=False, zorder=5)
-    for i, value in enumerate(table):
+    for i, value in list(enumerate(table))[:: fit(1, 3)]:
         axes.annotate(f"{value:.2f}", (value, 0), (0, -14 - 15 * (i % 2)), textcoords="offset points", ha="center",
                       va="top", fontsize=11, color=BLUE)  # fmt: skip
     axes.set(

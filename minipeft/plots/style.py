@@ -21,11 +21,18 @@ BLUE, VERMILION, GREEN, ORANGE, SKY, PINK = "#0072B2", "#D55E00", "#009E73", "#E
 GREY, INK = "#8C8C8C", "#1A1A1A"
 
 _language: ContextVar[str] = ContextVar("language", default="en")
+_layout: ContextVar[str] = ContextVar("layout", default="slide")
+LAYOUTS = ("slide", "page", "phone")
 
 
 def t(en: str, zh: str) -> str:
     """The label in the language that is being drawn."""
     return zh if _language.get() == "zh" else en
+
+
+def fit(wide: Any, narrow: Any) -> Any:
+    """`narrow` where a figure is drawn for a phone, else `wide`."""
+    return narrow if _layout.get() == "phone" else wide
 
 
 # --- fonts ------------------------------------------------------------------------------------------------------------
@@ -59,13 +66,14 @@ def chinese_font() -> str | None:
 
 
 @contextmanager
-def drawing(language: str = "en", fonttype: str = "path") -> Iterator[None]:
+def drawing(language: str = "en", layout: str = "slide") -> Iterator[None]:
     """Figures made and saved in this block have these labels, this look, and the same bytes every time.
 
     Args:
         language: "en" or "zh".
-        fonttype: of text in SVG: "path" for outlines, that look the same everywhere; "none" for text that the reader's
-            own fonts show, which also needs no Chinese font here.
+        layout: "slide": panels side by side, the source below them, text in SVG as outlines that look the same
+            everywhere. "page": text that the reader's own fonts show, which needs no Chinese font here, and the source
+            left to the page's caption. "phone": as "page", panels below each other.
 
     Raises:
         ValueError: another language; Chinese outlines are wanted and no font here has them.
@@ -73,7 +81,7 @@ def drawing(language: str = "en", fonttype: str = "path") -> Iterator[None]:
     if language not in LANGUAGES:
         raise ValueError(f"lang: got {language!r}; accepted are 'en' and 'zh'")
     font = chinese_font() if language == "zh" else None
-    if language == "zh" and font is None and fonttype == "path":
+    if language == "zh" and font is None and layout == "slide":
         raise ValueError(f"lang: {INSTALL}")
     import matplotlib
 
@@ -95,33 +103,42 @@ def drawing(language: str = "en", fonttype: str = "path") -> Iterator[None]:
         "xtick.color": INK,
         "ytick.color": INK,
         "svg.hashsalt": "minipeft",
-        "svg.fonttype": fonttype,
+        "svg.fonttype": "path" if layout == "slide" else "none",
     }
-    token = _language.set(language)
+    token, layout_token = _language.set(language), _layout.set(layout)
     try:
         with matplotlib.rc_context({**matplotlib.rcParamsDefault, **look, "backend": "agg"}):
             yield
     finally:
         _language.reset(token)
+        _layout.reset(layout_token)
 
 
 # --- a figure's frame -------------------------------------------------------------------------------------------------
 
 
 def panels(columns: int, ratios: Sequence[float] | None = None, size: tuple[float, float] = (11, 4.6)) -> Any:
-    """An empty figure with `columns` axes side by side: (figure, axes), or (figure, the one axes)."""
+    """An empty figure with `columns` axes side by side: (figure, axes), or (figure, the one axes).
+
+    On a phone they stand below each other, four of them in two rows.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    rows = fit(1, 2 if columns == 4 else columns)
+    height = fit(size[1], 3.3 * rows + 0.9)
+    figure = Figure(figsize=(fit(size[0], 5.8), height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04)
-    return figure, figure.subplots(1, columns, width_ratios=ratios)
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04, hspace=0.06)
+    axes = figure.subplots(rows, columns // rows, width_ratios=ratios if rows == 1 else None)
+    return figure, axes if columns == 1 else axes.reshape(-1)
 
 
 def source(figure: Figure, en: str, zh: str) -> Figure:
-    """One grey line below the figure that says where the numbers come from; returns the figure."""
-    figure.supxlabel(t(en, zh), fontsize=11.5, color=GREY, x=0.01, ha="left")
+    """One grey line below the figure that says where the numbers come from, also as its label; returns the figure."""
+    figure.set_label(t(en, zh))
+    if _layout.get() == "slide":
+        figure.supxlabel(t(en, zh), fontsize=11.5, color=GREY, x=0.01, ha="left")
     return figure
 
 
