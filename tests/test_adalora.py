@@ -25,7 +25,7 @@ from minipeft.methods.adalora import (
     rank_budget,
 )
 from minipeft.methods.lora import lora_delta
-from minipeft.nn import Linear, Parameter
+from minipeft.nn import Linear, Parameter, project
 from minipeft.quant import quantize_model
 from minipeft.recipes import METHODS, Choice
 
@@ -255,6 +255,24 @@ def test_the_layer_runs_loras_operation_and_a_product_of_lambda_and_q():
         layer(Tensor(gaussian(10, 5))).sum().backward()
     out, width, r, N = 6, 5, 3, 10
     assert flops.forward == 2 * N * (width * out + width * r + r * out)
+
+
+def test_layers_of_one_input_share_their_small_products_and_give_what_each_gives():
+    layers, x = [layer_of(init_r=r, target_r=1) for r in (1, 3)], gaussian(4, 5)
+    shared = project(Tensor(x), *layers)
+    (shared[0].sum() + shared[1].sum()).backward()
+    for y, layer in zip(shared, layers, strict=True):
+        parameters = layer.parameters_of("default")
+        grads = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        alone = layer(Tensor(x))
+        alone.sum().backward()
+        np.testing.assert_allclose(y.data, alone.data, atol=1e-13)
+        for g, p in zip(grads, parameters, strict=True):
+            np.testing.assert_allclose(g, p.grad, atol=1e-12)
+    layers[0].truncate("default", np.zeros(1, bool))  # of rank 0: each its own way
+    np.testing.assert_array_equal(project(Tensor(x), *layers)[0].data, layers[0].base_layer(Tensor(x)).data)
 
 
 def test_two_active_adapters_add_up_and_dropout_is_on_the_adapters_path_alone():

@@ -10,7 +10,8 @@ config and the method.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from ..backend import Array, get_namespace, matmul
 from ..nn import Dropout, Linear, Module, Parameter
 from ..tensor import Tensor, joint_result
 from .base import AdapterLayer, Method
-from .lora import LoraConfig, check_r, lora_linear
+from .lora import LoraConfig, check_r, lora_linear, lora_linears
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
@@ -254,16 +255,32 @@ class AdaLoraLinear(AdapterLayer):
         self.lora_E[adapter] = Parameter(E.data[keep], E.requires_grad)
         self.lora_A[adapter] = Parameter(Q.data[keep], Q.requires_grad)
 
+    def _active(self) -> list[str]:
+        """The adapters that take part now; one of rank 0 has nothing to add."""
+        names = [] if self.disabled or self.merged else self.active
+        return [name for name in names if name in self.lora_E and self.lora_E[name].size]
+
+    def projection(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float] | None:
+        """(W, b, ΛQ, P, s) where that is all there is to forward now: one adapter, and no dropout; else None."""
+        active = self._active()
+        if len(active) != 1 or (self.training and self.lora_dropout[active[0]].p):
+            return None
+        P, E, Q = self.parameters_of(active[0])
+        return self.base_layer.weight, self.base_layer.bias, Q * E, P, self.factor(active[0])
+
+    @classmethod
+    def together(cls, x: Any, layers: Sequence[AdaLoraLinear]) -> list[Tensor] | None:
+        """The outputs of several layers for one x, by `lora_linears`; None where one of them needs its own way."""
+        projections = [layer.projection() for layer in layers]
+        return None if None in projections else lora_linears(x, *projections)
+
     def forward(self, x: Any) -> Tensor:
         """(..., in) -> (..., out)"""
-        active = [] if self.disabled or self.merged else [name for name in self.active if name in self.lora_A]
-        active = [name for name in active if self.lora_E[name].size]  # of rank 0: nothing to add
-        if len(active) == 1 and not (self.training and self.lora_dropout[active[0]].p):
-            P, E, Q = self.parameters_of(active[0])
-            W, bias = self.base_layer.weight, self.base_layer.bias
-            return lora_linear(x, W, bias, Q * E, P, self.factor(active[0]))
+        projection = self.projection()
+        if projection is not None:
+            return lora_linear(x, *projection)
         y = self.base_layer(x)
-        for name in active:
+        for name in self._active():
             P, E, Q = self.parameters_of(name)
             down = ops.linear(self.lora_dropout[name](ops.tensor(x)), Q * E)  # (..., r)
             y = y + ops.linear(down, P) * self.factor(name)
@@ -414,6 +431,7 @@ class AdaLora(Method):
     def __init__(self, config: AdaLoraConfig) -> None:
         super().__init__(config)
         self.pattern = dict(config.rank_pattern)
+        self._known: tuple[Callable[[], Module | None], list[tuple[str, AdaLoraLinear]]] = (lambda: None, [])
         self._forget()
 
     def _forget(self) -> None:
@@ -446,10 +464,14 @@ class AdaLora(Method):
         return layer
 
     def layers(self, model: Module) -> Iterator[tuple[str, AdaLoraLinear]]:
-        """The layers that have this adapter, with their names in the base model."""
-        for name, module in model.named_modules():
-            if isinstance(module, AdaLoraLinear) and self.adapter in module.lora_A:
-                yield name.removeprefix("base_model.model."), module
+        """The layers that have this adapter, with their names in the base model.
+
+        They are looked for once: walking through the modules twice a step would be a quarter of a small model's step.
+        """
+        if self._known[0]() is not model:
+            found = ((n.removeprefix("base_model.model."), m) for n, m in model.named_modules())
+            self._known = weakref.ref(model), [(n, m) for n, m in found if isinstance(m, AdaLoraLinear)]
+        return ((name, layer) for name, layer in self._known[1] if self.adapter in layer.lora_A)
 
     def ranks(self, model: Module) -> dict[str, int]:
         """How many directions each module has."""
@@ -465,6 +487,7 @@ class AdaLora(Method):
             ValueError: `fit` runs another number of steps than the schedule is for, or more than one AdaLoRA adapter
                 trains, whose budgets are not one.
         """
+        self._known = (lambda: None, [])  # adapters may have been added since
         every = [layer for layer in model.modules() if isinstance(layer, AdaLoraLinear)]
         training = {n for layer in every for n in layer.active if n in layer.lora_E and layer.lora_E[n].requires_grad}
         if training - {self.adapter}:
