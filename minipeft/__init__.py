@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .methods.hybrid import FullThenLoraConfig
     from .methods.lora import LoraConfig
     from .methods.lora_pro import LoraProConfig
+    from .methods.p_tuning import PromptEncoderConfig
     from .methods.qlora import LoftQConfig, finish_qlora, prepare_model_for_kbit_training
     from .models.load import load_model, save_model
     from .peft import PeftModel, get_peft_model
@@ -31,6 +32,7 @@ __all__ = [
     "LoraConfig",
     "LoraProConfig",
     "PeftModel",
+    "PromptEncoderConfig",
     "Tensor",
     "backend",
     "checkpoint",
@@ -60,6 +62,7 @@ LATER = {
     "LoraConfig": "methods.lora",
     "LoraProConfig": "methods.lora_pro",
     "PeftModel": "peft",
+    "PromptEncoderConfig": "methods.p_tuning",
     "checkpoint": "checkpointing",
     "finish_qlora": "methods.qlora",
     "fit": "train",

@@ -14,11 +14,13 @@ from .methods.adalora import AdaLoraConfig
 from .methods.bottleneck import BottleneckAdapterConfig
 from .methods.hybrid import FullThenLoraConfig
 from .methods.lora import LoraConfig
+from .methods.p_tuning import PromptEncoderConfig
 from .targets import ALL_LINEAR
 
-CONFIGS: dict[str, type] = {  # by the peft_type in adapter_config.json; PEFT has the first two
+CONFIGS: dict[str, type] = {  # by the peft_type in adapter_config.json; PEFT has the first three
     "LORA": LoraConfig,
     "ADALORA": AdaLoraConfig,
+    "P_TUNING": PromptEncoderConfig,
     "BOTTLENECK_ADAPTER": BottleneckAdapterConfig,
     "FULL_THEN_LORA": FullThenLoraConfig,
 }
