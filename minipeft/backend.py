@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
 
 Array = Any  # numpy.ndarray or cupy.ndarray: the library comes from the array, so no type says it
 
@@ -197,63 +193,6 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     if flop_counter is not None:
         flop_counter.uncredited += 2 * product.size * a.shape[-1]
     return product
-
-
-# --- element-wise work over threads -----------------------------------------------------------------------------------
-
-PART = 1 << 16  # elements: 256 KiB of float32, which a second-level cache holds with what is made of them
-
-
-def in_parts(work: Callable[[int, int], None], n: int, xp: ModuleType, width: int = 1, step: int = 1) -> None:
-    """Call work(start, stop) on parts of 0 … n, each of about `PART` elements, over all threads.
-
-    NumPy releases the GIL while it computes, so parts run side by side; and an array that several operations pass over
-    stays in the cache from the first to the last. On a device there is one part.
-
-    Args:
-        work: must not depend on the order of the parts. It may be called from another thread: NumPy's error settings
-            (`np.errstate`) do not follow it there.
-        n: how many rows there are.
-        width: elements of a row.
-        step: parts begin and end at multiples of it.
-    """
-    if not n:
-        return
-    count = threads() if xp is np and n * width > PART else 1
-    length = max(step, -(-PART // width) // step * step)
-    if xp is not np or n <= length:
-        return work(0, n)
-    if count > 1:  # as many rows for each thread
-        share = -(-n // (count * step)) * step
-        length = min(length, share)
-        run = functools.partial(_run_parts, work, length)
-        others = [_pool(os.getpid()).submit(run, start, min(n, start + share)) for start in range(share, n, share)]
-        run(0, share)
-        for other in others:
-            other.result()
-    else:
-        _run_parts(work, length, 0, n)
-
-
-def _run_parts(work: Callable[[int, int], None], length: int, start: int, stop: int) -> None:
-    for a in range(start, stop, length):
-        work(a, min(stop, a + length))
-
-
-@functools.cache
-def threads() -> int:
-    """Threads for element-wise work: as many as OPENBLAS_NUM_THREADS or OMP_NUM_THREADS says, else one a processor."""
-    asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(int(asked), cpus) if asked.isdigit() and int(asked) else cpus
-
-
-@functools.cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Worker threads. One pool a process: a fork takes the object along but not its threads."""
-    from concurrent.futures import ThreadPoolExecutor  # imported here: it would cost every `import minipeft` 5 ms
-
-    return ThreadPoolExecutor(max(1, threads() - 1), thread_name_prefix="minipeft")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import numpy as np
 
 from .backend import Array
 from .module import Module
-from .tensor import Tensor, enable_grad, joint_result, no_grad
+from .tensor import Tensor, enable_grad, gradients, joint_result, no_grad
 
 
 def checkpoint(fn: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -45,11 +45,13 @@ def checkpoint(fn: Callable[..., Tensor], *args: Any) -> Tensor:
         remaining = iter(leaves)
         again = [next(remaining) if other is None else other[0] for other in others]
         with enable_grad(), _set_back(generators, states):
-            fn(*again).backward(g)
-        return [leaf.grad for leaf in leaves] + [None] * count
+            found = gradients(fn(*again)._node, g)
+        own = [found.pop(leaf, None) for leaf in (*leaves, *parameters)]
+        for leaf, grad in found.items():  # what a plain function uses besides its arguments
+            leaf._accumulate(grad, owned=True)
+        return own
 
     parameters = list(module.parameters()) if module else []  # they say that there is something to train
-    count = len(parameters)  # their gradients are added inside
     return joint_result("checkpoint", out.data, (*tensors, *parameters), backward)
 
 

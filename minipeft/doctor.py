@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from .threads import openblas
+
 SETTINGS = (
     "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
     "GOTO_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_",
@@ -85,38 +87,16 @@ def usable_cpus() -> int:
     return cpus if used == "max" else max(1, min(cpus, round(int(used) / int(period))))
 
 
-def _loaded_openblas() -> Path | None:
-    """The OpenBLAS file behind NumPy: the one mapped into this process (Linux), else the one in NumPy's wheel."""
-    maps = Path("/proc/self/maps")
-    mapped = re.findall(r"(/.*openblas.*)$", maps.read_text(), re.M) if maps.exists() else []
-    root = Path(np.__file__).parent
-    bundled = [p for folder in (root.parent / "numpy.libs", root / ".dylibs") for p in folder.glob("*openblas*")]
-    ours = [Path(p) for p in mapped if "numpy" in p]  # SciPy's wheel brings its own OpenBLAS: not that one
-    return next(iter(ours + [Path(p) for p in mapped if "scipy.libs" not in p] + bundled), None)
-
-
 def find_blas() -> Blas:
     """NumPy's BLAS: name and version from its build, kernel and threads from the loaded OpenBLAS itself."""
     built = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     blas = Blas(built.get("name", "unknown"), built.get("version", "unknown"))
-    path = _loaded_openblas()
-    try:
-        library = ctypes.CDLL(str(path)) if path else None
-    except OSError:
-        library = None
-    if library is None:
-        return blas
-
-    def function(name: str) -> Any:  # NumPy's wheels rename the symbols of their OpenBLAS; system builds do not
-        spellings = (f"{prefix}{name}{suffix}" for prefix in ("scipy_", "") for suffix in ("64_", "", "_64"))
-        return next((getattr(library, s) for s in spellings if hasattr(library, s)), None)
-
-    if corename := function("openblas_get_corename"):
+    if corename := openblas("openblas_get_corename"):
         corename.restype = ctypes.c_char_p
         blas.kernel = corename().decode()
-    if get_threads := function("openblas_get_num_threads"):
+    if get_threads := openblas("openblas_get_num_threads"):
         blas.threads = int(get_threads())
-    blas.set_threads = function("openblas_set_num_threads")
+    blas.set_threads = openblas("openblas_set_num_threads")
     return blas
 
 

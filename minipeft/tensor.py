@@ -9,7 +9,9 @@ tensors: a value that no gradient function captured is freed as soon as nobody e
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,32 +25,32 @@ if TYPE_CHECKING:
 
 GradFn = Callable[[Array], Any]
 _creation = itertools.count(1).__next__  # nodes are numbered as they are made: parents come before their children
-_grad_enabled = True
+_grad_enabled = contextvars.ContextVar("grad_enabled", default=True)  # each thread has its own, as in PyTorch
 
 
 class no_grad(contextlib.ContextDecorator):  # noqa: N801 - PyTorch's name
     """Build no graph: `with no_grad(): ...`, or `@no_grad()` on a function."""
 
+    inside = False
+
     def __enter__(self) -> None:
-        global _grad_enabled
-        self._outer, _grad_enabled = (*getattr(self, "_outer", ()), _grad_enabled), False
+        self._outer = (*getattr(self, "_outer", ()), _grad_enabled.get())
+        _grad_enabled.set(self.inside)
 
     def __exit__(self, *exception: object) -> None:
-        global _grad_enabled
-        *self._outer, _grad_enabled = self._outer
+        *self._outer, outer = self._outer
+        _grad_enabled.set(outer)
 
 
 class enable_grad(no_grad):  # noqa: N801 - PyTorch's name
     """Build graphs inside, even within `no_grad`."""
 
-    def __enter__(self) -> None:
-        global _grad_enabled
-        self._outer, _grad_enabled = (*getattr(self, "_outer", ()), _grad_enabled), True
+    inside = True
 
 
 def is_grad_enabled() -> bool:
     """False inside `no_grad()`."""
-    return _grad_enabled
+    return _grad_enabled.get()
 
 
 # --- in-place safety --------------------------------------------------------------------------------------------------
@@ -65,27 +67,30 @@ class Held:
 
     __slots__ = ("arrays",)
     live: ClassVar[dict[int, list]] = {}  # id of an array -> [array, number of nodes holding it, writable before]
+    lock: ClassVar = threading.RLock()  # parts of a batch build their graphs side by side, of the same weights
 
     def __init__(self, arrays: list[Array]) -> None:
         self.arrays = arrays
-        for array in arrays:
-            entry = Held.live.get(id(array))
-            if entry is not None:
-                entry[1] += 1
-                continue
-            writable = type(array) is np.ndarray and array.flags.writeable
-            Held.live[id(array)] = [array, 1, writable]
-            if writable:
-                array.setflags(False)
+        with Held.lock:
+            for array in arrays:
+                entry = Held.live.get(id(array))
+                if entry is not None:
+                    entry[1] += 1
+                    continue
+                writable = type(array) is np.ndarray and array.flags.writeable
+                Held.live[id(array)] = [array, 1, writable]
+                if writable:
+                    array.setflags(False)
 
     def __del__(self) -> None:
-        for array in self.arrays:  # the owner of memory comes before its views: NumPy asks for that order
-            entry = Held.live[id(array)]
-            entry[1] -= 1
-            if not entry[1]:
-                del Held.live[id(array)]
-                if entry[2] and (type(array.base) is not np.ndarray or array.base.flags.writeable):
-                    array.setflags(True)
+        with Held.lock:
+            for array in self.arrays:  # the owner of memory comes before its views: NumPy asks for that order
+                entry = Held.live[id(array)]
+                entry[1] -= 1
+                if not entry[1]:
+                    del Held.live[id(array)]
+                    if entry[2] and (type(array.base) is not np.ndarray or array.base.flags.writeable):
+                        array.setflags(True)
 
 
 def is_held(array: Array) -> bool:
@@ -286,8 +291,21 @@ class Tensor:
             self.grad += grad
 
 
-def _walk(root: Node, grad: Array, counter: backend.FlopCounter | None) -> None:
-    """Reverse creation order is a topological order: every node's gradient is complete when its turn comes."""
+def gradients(node: Node | None, grad: Array) -> dict[Tensor, Array]:
+    """What `backward` would add to `.grad`, by leaf, and nothing is added; for operations that hold graphs inside."""
+    found: dict[Tensor, Array] = {}
+    if node is not None:
+        _walk(node, grad, backend.flop_counter, found)
+    return found
+
+
+def _walk(
+    root: Node, grad: Array, counter: backend.FlopCounter | None, into: dict[Tensor, Array] | None = None
+) -> None:
+    """Reverse creation order is a topological order: every node's gradient is complete when its turn comes.
+
+    The leaves' gradients go to their `.grad`, or into the dictionary, where one is given.
+    """
     nodes = _nodes(root)
     grads = {root: grad}
     owned: set[Node] = set()  # nodes whose gradient array belongs to this walk alone and may be added to in place
@@ -307,7 +325,12 @@ def _walk(root: Node, grad: Array, counter: backend.FlopCounter | None) -> None:
                 continue
             mine = p is not g and getattr(p, "base", None) is None
             if type(parent) is not Node:
-                parent._accumulate(backend.keep_array(p), mine)
+                if into is None:
+                    parent._accumulate(backend.keep_array(p), mine)
+                elif parent in into:
+                    into[parent] = into[parent] + p
+                else:
+                    into[parent] = backend.keep_array(p) if mine else p.copy()
             elif parent not in grads:
                 grads[parent] = p
                 if mine:
@@ -354,7 +377,7 @@ def result(op: str, data: Array, *edges: tuple[Tensor, GradFn]) -> Tensor:
     A gradient function maps dL/d(output) to dL/d(parent). It may capture arrays (they are then held, see `Held`),
     never tensors. Those of parents that need no gradient are dropped here, with all that they captured.
     """
-    if _grad_enabled:
+    if _grad_enabled.get():
         edges = [edge for edge in edges if edge[0].requires_grad]
         if edges:
             backward = tuple([function for _, function in edges])
@@ -365,7 +388,7 @@ def result(op: str, data: Array, *edges: tuple[Tensor, GradFn]) -> Tensor:
 def joint_result(op: str, data: Array, parents: tuple[Tensor, ...], backward: Callable[[Array], tuple]) -> Tensor:
     """As `result`, for an operation whose gradients share work: `backward` maps dL/d(output) to one gradient for each
     parent, None where that parent needs none."""
-    if _grad_enabled and any(p.requires_grad for p in parents):
+    if _grad_enabled.get() and any(p.requires_grad for p in parents):
         return _output(op, data, parents, backward, (backward,))
     return _output(op, data, (), None, ())
 
@@ -377,7 +400,7 @@ def multi_result(
 
     `backward` maps their gradients, one an output and None for one that nothing came back for, to one a parent.
     """
-    if not (_grad_enabled and any(p is not None and p.requires_grad for p in parents)):
+    if not (_grad_enabled.get() and any(p is not None and p.requires_grad for p in parents)):
         return [_output(op, array, (), None, ()) for array in arrays]
     count = len(arrays)
     if count == 1:

@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import backend, nn, ops
 from ..backend import Array
+from ..batch_parts import over_batch
 from ..checkpointing import checkpoint
 from ..generate import generate, stream
 from ..tensor import Tensor
@@ -133,12 +134,18 @@ class Decoder(nn.Module):
         own_mask = self._mask(attention_mask, (ids.shape[0], stop - virtual), x.data)
         x, mask = self.virtual_tokens.before(x, own_mask, not start)
         rotary = self._rotary(start, stop, x.data)
-        for i, layer in enumerate(self.layers):
-            if self.checkpointing and not cache:
-                x = checkpoint(layer, x, rotary, mask, None)
-            else:
-                x = layer(x, rotary, mask, cache[i] if cache else None)  # (B, T, D) -> (B, T, D)
+        if cache:
+            for layer, own in zip(self.layers, cache, strict=True):
+                x = layer(x, rotary, mask, own)  # (B, T, D) -> (B, T, D)
+        else:
+            x = over_batch(lambda x, mask: self._blocks(x, rotary, mask), self, x, mask)
         return self.norm(self.virtual_tokens.after(x, own_mask, not start))
+
+    def _blocks(self, x: Tensor, rotary: tuple[Array, Array], mask: Array | None) -> Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        for layer in self.layers:
+            x = checkpoint(layer, x, rotary, mask, None) if self.checkpointing else layer(x, rotary, mask, None)
+        return x
 
     def _rotary(self, start: int, stop: int, like: Array) -> tuple[Array, Array]:
         """cos and sin of every position's angles, each (T, d/2).

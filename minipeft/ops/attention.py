@@ -9,6 +9,7 @@ import numpy as np
 from .. import backend
 from ..backend import Array, get_namespace
 from ..tensor import Tensor, joint_result, result
+from ..threads import in_parts
 from .inputs import operands, tensor
 
 
@@ -44,7 +45,7 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
         xp.multiply(second, cos, out=b)
         b += first * sin
 
-    backend.in_parts(each, len(source), xp, width=x.size // max(1, len(source)))
+    in_parts(each, len(source), xp, width=x.size // max(1, len(source)))
     return y
 
 
@@ -96,7 +97,7 @@ def scaled_dot_product_attention(
             d *= w
             d *= scale
 
-        backend.in_parts(each, len(dscores), xp, width=s)
+        in_parts(each, len(dscores), xp, width=s)
         return (
             backend.matmul(dp, k).reshape(batch, heads, t, d) if need_q else None,
             backend.matmul(dp.swapaxes(-1, -2), q) if need_k else None,
@@ -125,4 +126,4 @@ def _attention_weights(scores: Array, future: Array | None, scale: float) -> Non
         xp.exp(p, out=p)
         p /= xp.maximum(p.sum(axis=-1, keepdims=True), 1)  # the largest adds e⁰ = 1: only empty sums are below
 
-    backend.in_parts(each, len(scores), xp, width=scores[0].size)
+    in_parts(each, len(scores), xp, width=scores[0].size)

@@ -9,6 +9,7 @@ import numpy as np
 from .. import backend
 from ..backend import Array, get_namespace, keep_array
 from ..tensor import Tensor, joint_result, result
+from ..threads import in_parts
 from .inputs import operands, tensor
 
 
@@ -120,10 +121,10 @@ def swiglu(gate: Any, up: Any) -> Tensor:
             d = xp.multiply(g[part], u[part], out=dx[part])
             d *= sigmoid + silu * (1 - sigmoid)  # silu' = σ + x·σ·(1 − σ)
 
-        backend.in_parts(each, x.size, xp)
+        in_parts(each, x.size, xp)
         return dx.reshape(shape), du.reshape(shape)
 
-    backend.in_parts(forward, x.size, xp)
+    in_parts(forward, x.size, xp)
     return joint_result("swiglu", y.reshape(shape), (gate, up), backward)
 
 

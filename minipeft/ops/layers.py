@@ -7,6 +7,7 @@ from typing import Any
 from .. import backend
 from ..backend import Array, get_namespace
 from ..tensor import Tensor, result
+from ..threads import in_parts
 from .inputs import normal_axes, operands, tensor
 
 
@@ -120,10 +121,10 @@ def rms_norm(x: Any, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
             xp.subtract(h, dx[part], out=dx[part])
             dx[part] *= scale[part]
 
-        backend.in_parts(each, len(dx), xp, width=d)
+        in_parts(each, len(dx), xp, width=d)
         return dx.reshape(shape)
 
-    backend.in_parts(forward, len(rows), xp, width=d)
+    in_parts(forward, len(rows), xp, width=d)
     edges = [(x, grad_x)]
     if weight is not None:
         edges.append((weight, lambda g: (g.reshape(-1, d) * normed).sum(axis=0)))

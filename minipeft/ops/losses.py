@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from .. import backend
+import numpy as np
+
+from .. import backend, threads
 from ..backend import Array, get_namespace
 from ..tensor import Tensor, result
 from .inputs import operands, tensor
@@ -60,7 +63,7 @@ def _check_targets(xp: Any, shape: tuple[int, ...], targets: Any, ignore_index: 
     return targets, kept, n
 
 
-def linear_cross_entropy(x: Any, weight: Tensor, targets: Any, ignore_index: int = -100, chunk: int = 256) -> Tensor:
+def linear_cross_entropy(x: Any, weight: Tensor, targets: Any, ignore_index: int = -100, chunk: int = 128) -> Tensor:
     """cross_entropy(x Wᵀ, targets) for x (N, d) and W (V, d), `chunk` rows at a time: the (N, V) logits never exist.
 
     With z = e^(logits − max), Z = Σ z and the one-hot target t, dx = (z − Z·t) W / Z and dW = (z − Z·t)ᵀ x / Z: rows of
@@ -77,17 +80,28 @@ def linear_cross_entropy(x: Any, weight: Tensor, targets: Any, ignore_index: int
         rows, targets = rows[kept], targets[kept]
     dx = xp.empty_like(rows) if x.requires_grad else None
     dw = xp.zeros_like(w) if weight.requires_grad else None
-    loss = xp.zeros((), dtype=rows.dtype)
-    for start in range(0, len(rows), chunk):
-        part = slice(start, start + chunk)
-        z = backend.matmul(rows[part], w.T)  # (chunk, V)
-        Z, picked = _exponentials(z, targets[part])
-        loss = loss + (xp.log(Z[:, 0]) - picked).sum()
-        if dx is not None:
-            backend.matmul(z, w, out=dx[part])
-            dx[part] /= Z
-        if dw is not None:
-            dw += backend.matmul(z.T, rows[part] / Z)
+
+    def each(start: int, stop: int) -> Array:
+        """The sum of these rows' losses; their dx is written to its place, their dW added."""
+        loss = xp.zeros((), dtype=rows.dtype)
+        buffer = xp.empty((min(chunk, stop - start), len(w)), dtype=rows.dtype)
+        for a in range(start, stop, chunk):
+            part = slice(a, min(stop, a + chunk))
+            z = backend.matmul(rows[part], w.T, out=buffer[: part.stop - a])  # (chunk, V)
+            Z, picked = _exponentials(z, targets[part])
+            loss = loss + (xp.log(Z[:, 0]) - picked).sum()
+            if dx is not None:
+                backend.matmul(z, w, out=dx[part])
+                dx[part] /= Z
+            if dw is not None:
+                xp.add(dw, backend.matmul(z.T, rows[part] / Z), out=dw)
+        return loss
+
+    alone = dw is not None or xp is not np or len(rows) < 2 * chunk  # all rows add to one dW
+    count = 1 if alone else threads.available()
+    ends = [len(rows) * (i + 1) // count for i in range(count)]
+    tasks = [partial(each, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    loss = sum(threads.side_by_side(tasks))
 
     def grad_x(g: Array) -> Array:
         scaled = dx * (g / n)
@@ -102,7 +116,7 @@ def linear_cross_entropy(x: Any, weight: Tensor, targets: Any, ignore_index: int
 
 
 def _exponentials(z: Array, targets: Array) -> tuple[Array, Array]:
-    """Logits z (n, V) ← e^(z − max) − Z·onehot(target), in place; Z = Σ e^(z − max) (n, 1), and z − max at the target."""
+    """Logits z (n, V) ← e^(z − max) − Z·onehot(target), in place: (Z = Σ e^(z − max) (n, 1), z − max at the target)."""
     xp = get_namespace(z)
     Z, picked = xp.empty((len(z), 1), dtype=z.dtype), xp.empty(len(z), dtype=z.dtype)
 
@@ -114,7 +128,7 @@ def _exponentials(z: Array, targets: Array) -> tuple[Array, Array]:
         Z[start:stop] = part.sum(axis=1, keepdims=True)
         part[rows, targets[start:stop]] -= Z[start:stop, 0]
 
-    backend.in_parts(each, len(z), xp, width=z.shape[1])
+    threads.in_parts(each, len(z), xp, width=z.shape[1])
     return Z, picked
 
 

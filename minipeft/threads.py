@@ -1,0 +1,125 @@
+"""Two ways to keep every processor busy: parts of a batch side by side, and element-wise work in cache-sized parts.
+
+NumPy releases the GIL while it computes, so Python threads run NumPy side by side. BLAS has threads of its own, which
+wait for each other by spinning: while they are awake a Python thread on their processor is slower than none (an
+activation of 512 × 1536 numbers took 1.1 ms on one thread and 1.5 ms on two). Hence either BLAS uses all processors and
+the rest one, or, inside `side_by_side`, BLAS uses one and Python threads use all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import backend
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+PART = 1 << 16  # elements: 256 KiB of float32, which a second-level cache holds with what is made of them
+
+_inside = contextvars.ContextVar("inside", default=False)
+
+
+@functools.cache
+def threads() -> int:
+    """How many threads there are to use: what OPENBLAS_NUM_THREADS or OMP_NUM_THREADS says, else one a processor."""
+    asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(int(asked), cpus) if asked.isdigit() and int(asked) else cpus
+
+
+def in_parts(work: Callable[[int, int], None], n: int, xp: ModuleType, width: int = 1) -> None:
+    """Call work(start, stop) on parts of 0 … n rows of `width` elements, each of about `PART` elements.
+
+    What several operations pass over then stays in the cache from the first to the last. On a device there is one part.
+    """
+    length = max(1, PART // max(1, width)) if xp is np else n
+    for start in range(0, n, max(1, length)):
+        work(start, min(n, start + length))
+
+
+def available() -> int:
+    """How many tasks `side_by_side` would run at a time, here and now; 1 where they come one after the other."""
+    apart = _inside.get() or backend.flop_counter is not None or openblas("openblas_set_num_threads") is None
+    return 1 if apart else threads()
+
+
+def side_by_side(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of the tasks, each run in a thread of its own with one BLAS thread; in their order.
+
+    Context variables (gradients on or off, NumPy's error settings) are as they are here. The tasks must not write to
+    the same arrays. They run one after the other where the number of BLAS threads cannot be set, inside another call,
+    and while flops are counted.
+    """
+    if len(tasks) < 2 or available() < 2:
+        return [task() for task in tasks]
+    token = _inside.set(True)
+    try:
+        with _one_blas_thread():
+            others = [_pool(os.getpid()).submit(contextvars.copy_context().run, task) for task in tasks[1:]]
+            try:
+                first = tasks[0]()
+            finally:  # nobody else may see the arrays while they are still written to
+                for other in others:
+                    other.exception()
+            return [first, *[other.result() for other in others]]
+    finally:
+        _inside.reset(token)
+
+
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Worker threads. One pool a process: a fork takes the object along but not its threads."""
+    from concurrent.futures import ThreadPoolExecutor  # imported here: it would cost every `import minipeft` 5 ms
+
+    return ThreadPoolExecutor(max(1, threads() - 1), thread_name_prefix="minipeft")
+
+
+# --- NumPy's BLAS -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    set_threads, before = openblas("openblas_set_num_threads"), openblas("openblas_get_num_threads")()
+    set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(before)
+
+
+@functools.cache
+def openblas(name: str) -> Any:
+    """A function of the OpenBLAS that NumPy multiplies with; None where it is another library, or has no such function.
+
+    NumPy's wheels rename the symbols of their OpenBLAS; system builds do not.
+    """
+    library = _library()
+    spellings = [f"{prefix}{name}{suffix}" for prefix in ("scipy_", "") for suffix in ("64_", "", "_64")]
+    return next((getattr(library, s) for s in spellings if library is not None and hasattr(library, s)), None)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The OpenBLAS file mapped into this process (Linux), else the one in NumPy's wheel."""
+    maps = Path("/proc/self/maps")
+    mapped = re.findall(r"(/.*openblas.*)$", maps.read_text(), re.M) if maps.exists() else []
+    root = Path(np.__file__).parent
+    bundled = [p for folder in (root.parent / "numpy.libs", root / ".dylibs") for p in folder.glob("*openblas*")]
+    ours = [Path(p) for p in mapped if "numpy" in p]  # SciPy's wheel brings its own OpenBLAS: not that one
+    path = next(iter(ours + [Path(p) for p in mapped if "scipy.libs" not in p] + bundled), None)
+    try:
+        return ctypes.CDLL(str(path)) if path else None
+    except OSError:
+        return None
