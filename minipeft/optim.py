@@ -161,7 +161,7 @@ class PagedAdamW(AdamW):
 
     Args:
         page_dir: where the files go; the system's place for temporary files when left out. They are removed with the
-            optimizer.
+            optimizer. `state_dict` gives copies in files as well, which go with the copies.
 
     Raises:
         OSError: the disk has no room; at the first step, before any parameter has changed.
@@ -181,7 +181,7 @@ class PagedAdamW(AdamW):
         from .pages import Pages  # imported here: it would cost every `import minipeft` 8 ms
 
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize)
-        self.pages = Pages(page_dir)
+        self.pages, self.copies = Pages(page_dir), Pages(page_dir)
 
     def step(self) -> None:
         """As AdamW; the state of all parameters is made before the first is updated."""
@@ -200,6 +200,18 @@ class PagedAdamW(AdamW):
         if not isinstance(unit.flat, np.ndarray):
             return super().zeros(unit)
         return self.pages.zeros(unit.size, unit.flat.dtype)
+
+    def _lay_out(self, i: int, active: list[Tensor]) -> None:
+        self.pages.begin()  # the files of the layout before go with its arrays
+        super()._lay_out(i, active)
+
+    def _collect(self, units: list[Unit]) -> dict[Tensor, tuple[int, dict[str, Array]]]:
+        self.copies.begin()
+        return super()._collect(units)
+
+    def joined(self, pieces: list[Array]) -> Array:
+        """The pieces as one new array, in a file too: a checkpoint of the state needs no memory for it."""
+        return self.copies.joined(pieces) if isinstance(pieces[0], np.ndarray) else super().joined(pieces)
 
 
 def _prepare(group: dict[str, Any], unit: Unit, g: Array, weight_decay: float) -> None:

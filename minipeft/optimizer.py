@@ -190,9 +190,13 @@ class Optimizer:
                 for name, array in unit.state.items():
                     arrays.setdefault(name, []).append(array[place])
         return {
-            p: (age, {n: backend.get_namespace(a[0]).concatenate(a).reshape(p.shape) for n, a in arrays.items()})
+            p: (age, {name: self.joined(parts).reshape(p.shape) for name, parts in arrays.items()})
             for p, (age, arrays) in pieces.items()
         }
+
+    def joined(self, pieces: list[Array]) -> Array:
+        """The flat pieces of a state array as one new array."""
+        return backend.get_namespace(pieces[0]).concatenate(pieces)
 
     # saving
 

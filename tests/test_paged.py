@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import mmap
 import os
 import subprocess
 import sys
@@ -76,6 +77,73 @@ def test_a_full_disk_is_an_error_before_any_parameter_has_changed(tmp_path, monk
     monkeypatch.undo()
     steps(optimizer, params, range(1))  # with room again the same optimizer goes on
     assert not any(p.data.tobytes() == b.tobytes() for p, b in zip(params, before, strict=True))
+
+
+def test_a_disk_that_is_full_halfway_is_noticed_where_space_is_reserved_by_writing(tmp_path, monkeypatch):
+    """Systems without posix_fallocate: a write may be cut short, and only the next one says that nothing is left."""
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    params, room, write = trained(), [1000], os.write
+
+    def nearly_full(handle, data):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = write(handle, data[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr(os, "write", nearly_full)
+    optimizer = optim.PagedAdamW(params, page_dir=tmp_path)
+    with pytest.raises(OSError, match=r"no room for .* pass page_dir on a larger disk") as caught:
+        steps(optimizer, params, range(1))
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.rglob("*.page"))
+    monkeypatch.setattr(os, "write", write)
+    steps(optimizer, params, range(1))
+    assert all(f.stat().st_blocks * 512 >= f.stat().st_size for f in tmp_path.rglob("*.page"))  # no holes
+
+
+def test_a_copy_of_the_state_is_in_files_that_go_with_it_and_stays_as_it_was(tmp_path):
+    params = trained()
+    optimizer = optim.PagedAdamW(params, page_dir=tmp_path)
+    steps(optimizer, params, range(2))
+    gc.collect()
+    before = set(tmp_path.rglob("*.page"))
+    state = optimizer.state_dict()
+    copies = {name: array.copy() for name, array in state.items()}
+    assert {mapping_of(a) is not None for name, a in state.items() if not name.endswith("step")} == {True}
+    assert set(tmp_path.rglob("*.page")) > before
+    steps(optimizer, params, range(2, 4))
+    assert all(state[name].tobytes() == copy.tobytes() for name, copy in copies.items())
+    del state
+    optimizer.copies.begin()  # as the next copy does
+    gc.collect()
+    assert set(tmp_path.rglob("*.page")) == before
+
+
+def mapping_of(array):
+    """The mapping that the array is a view of, or None."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array if isinstance(array, mmap.mmap) else None
+
+
+def test_the_space_of_an_earlier_layout_is_given_back(tmp_path):
+    """Training other parameters for a while moves the state into a new layout each time."""
+    params = trained()
+    plain = trained()
+    optimizer, reference = optim.PagedAdamW(params, page_dir=tmp_path), optim.AdamW(plain)
+    sizes = []
+    for round_ in range(6):
+        for own, chosen in ((optimizer, params), (reference, plain)):
+            rng = np.random.default_rng(round_)
+            for i, p in enumerate(chosen):
+                g = rng.standard_normal(p.shape).astype("float32")
+                p.grad = g if round_ % 2 == 0 or i == 1 else None
+            own.step()
+        gc.collect()
+        sizes.append(sum(f.stat().st_size for f in tmp_path.rglob("*.page")))
+    assert max(sizes[2:]) <= max(sizes[:2])
+    assert all(a.data.tobytes() == b.data.tobytes() for a, b in zip(params, plain, strict=True))
 
 
 CAPPED = """
