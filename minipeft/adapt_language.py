@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -332,7 +333,7 @@ def waiting(err: Console, what: str) -> Iterator[None]:
 
 @contextmanager
 def training_bar(steps: int, batches: chat.ChatBatches, err: Console) -> Iterator[Callable[[Progress], None]]:
-    """A callback for `fit` that shows step, loss (mean of ten steps), tokens per second, and the time left.
+    """A callback for `fit` that shows step, loss, tokens per second (means of the last ten steps), and the time left.
 
     On a terminal it is a bar; elsewhere a line after each tenth of the steps. Padding is not counted as tokens.
     """
@@ -348,19 +349,18 @@ def training_bar(steps: int, batches: chat.ChatBatches, err: Console) -> Iterato
         expand=True,
         disable=not err.is_terminal,
     )
-    start, tokens, first = time.perf_counter(), 0, None
+    ends, tokens = deque([time.perf_counter()], 11), deque(maxlen=10)
     with bar:
         shown = bar.add_task("", total=steps, loss="–", speed="–", left="–:––")
 
         def show(progress: Progress) -> None:
-            nonlocal tokens, first
-            first = progress.step - 1 if first is None else first
-            tokens += batches.tokens(progress.step - 1)
-            seconds = time.perf_counter() - start
-            left = round(seconds / (progress.step - first) * (steps - progress.step))
+            ends.append(time.perf_counter())
+            tokens.append(batches.tokens(progress.step - 1))
+            seconds = ends[-1] - ends[0]
+            left = round(seconds / len(tokens) * (steps - progress.step))
             fields = {
                 "loss": f"{np.mean(progress.history.loss[-10:]):.3f}",
-                "speed": f"{tokens / seconds:,.0f}",
+                "speed": f"{sum(tokens) / seconds:,.0f}",
                 "left": f"{left // 60}:{left % 60:02}",
             }
             bar.update(shown, completed=progress.step, **fields)
