@@ -308,7 +308,8 @@ class AdaLoraConfig(LoraConfig):
         tinit, tfinal: steps before pruning begins, and steps after the ranks are settled.
         deltaT: prune after every this many steps in between.
         beta1, beta2: how slowly Ī and Ū follow.
-        orth_reg_weight: γ, the weight of the orthogonality penalty.
+        orth_reg_weight: γ, the weight of the paper's penalty, Σ R(P, Q) over modules. (PEFT takes the mean of the norms
+            instead, not squared: weaker the more modules there are, and of one strength however near I is.)
         lora_alpha: α in s = α/init_r.
         rank_pattern: of a saved adapter: which of the init_r directions are left in which module, by
             `"fc.lora_E"`; the others are gone.
