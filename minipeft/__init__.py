@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .methods.bottleneck import BottleneckAdapterConfig
     from .methods.hybrid import FullThenLoraConfig
     from .methods.lora import LoraConfig
+    from .methods.lora_ga import LoraGAConfig
     from .methods.lora_pro import LoraProConfig
     from .methods.p_tuning import PromptEncoderConfig
     from .methods.qlora import LoftQConfig, finish_qlora, prepare_model_for_kbit_training
@@ -30,6 +31,7 @@ __all__ = [
     "FullThenLoraConfig",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraProConfig",
     "PeftModel",
     "PromptEncoderConfig",
@@ -60,6 +62,7 @@ LATER = {
     "FullThenLoraConfig": "methods.hybrid",
     "LoftQConfig": "methods.qlora",
     "LoraConfig": "methods.lora",
+    "LoraGAConfig": "methods.lora_ga",
     "LoraProConfig": "methods.lora_pro",
     "PeftModel": "peft",
     "PromptEncoderConfig": "methods.p_tuning",

@@ -143,7 +143,7 @@ class PeftModel(Module):
 
     def _attach(self, plan: Plan, batches: Any, loss_fn: Any, seed: Any) -> None:
         model, method = self.base_model.model, plan.method
-        method.adapter, method.rng = plan.adapter, generator(seed)
+        method.adapter, method.names, method.rng = plan.adapter, plan.targets, generator(seed)
         with unchanged_on_error(model):
             method.prepare(model, batches, loss_fn)
             for name in plan.targets:
@@ -298,10 +298,18 @@ class PeftModel(Module):
         self.set_adapter(self.merged_adapters)  # their modules_to_save go into the model
         return self._unload()
 
-    def unload(self) -> Module:
-        """The base model without the adapters and without wrapping. The PeftModel is used up."""
+    def unload(self, changed_base: bool = False) -> Module:
+        """The base model without the adapters and without wrapping. The PeftModel is used up.
+
+        Args:
+            changed_base: leave out of W what adapters took from it at their start, s·B₀A₀, as PEFT does. Such a base
+                belongs to an adapter that `save_pretrained(…, changed_base=True)` wrote.
+        """
         if self.merged_adapters:
             self.unmerge_adapter()
+        for _, layer in self.adapter_layers():
+            if changed_base and isinstance(layer, LoraLinear):
+                layer.offset.clear()
         for _, layer in self._saved_modules():
             layer.disabled = True
         return self._unload()
@@ -336,15 +344,18 @@ class PeftModel(Module):
 
     # saving and loading
 
-    def save_pretrained(self, path: str | os.PathLike, adapter_name: str | None = None) -> None:
+    def save_pretrained(
+        self, path: str | os.PathLike, adapter_name: str | None = None, changed_base: bool = False
+    ) -> None:
         """Write `adapter_model.safetensors` and `adapter_config.json` into a directory, in PEFT's format.
 
         Args:
             path: the directory; it is made if it is not there.
             adapter_name: which adapter; left out, the active one.
+            changed_base: whether it will be loaded into the base that `unload(changed_base=True)` gives.
 
-        An adapter that took s·B₀A₀ from W at its start (`"both"`, `"pissa"`, `"olora"`) is saved as one of rank 2r,
-        s·(BA − B₀A₀) = s·[B, −B₀][A; A₀], which needs no changed base.
+        An adapter that took s·B₀A₀ from W at its start (`"both"`, `"pissa"`, `"olora"`, `"lora_ga"`) is saved as one of
+        rank 2r, s·(BA − B₀A₀) = s·[B, −B₀][A; A₀], which needs no changed base; or as it is, with `changed_base`.
 
         Raises:
             ValueError: no adapter has this name.
@@ -360,8 +371,10 @@ class PeftModel(Module):
             for name, layer in self.adapter_layers()
             if isinstance(layer, LoraLinear) and adapter_name in layer.offset
         }
-        if offsets:
+        if offsets and not changed_base:
             values, config = without_offset(values, config, offsets)
+        elif offsets:
+            config = replace(config, init_lora_weights=True)
         config, values = self.methods[adapter_name].saved(self, config, values)
         targets = [name for name, layer in self.adapter_layers() if adapter_name in layer.adapters]
         write_adapter(path, portable(config, targets), values)

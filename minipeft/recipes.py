@@ -11,6 +11,7 @@ from typing import Any
 
 from .methods.adalora import AdaLoraConfig
 from .methods.lora import LoraConfig
+from .methods.lora_ga import LoraGAConfig
 from .methods.lora_pro import LoraProConfig
 from .methods.qlora import LoftQConfig
 from .nn import Module
@@ -58,6 +59,10 @@ def _lora_pro(c: Choice, **variant: Any) -> LoraProConfig:
     return LoraProConfig(r=c.r, lora_alpha=c.alpha, target_modules=c.targets, **variant)
 
 
+def _lora_ga(c: Choice) -> LoraConfig:
+    return _lora(c, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(scale="paper"))
+
+
 def _adalora(c: Choice, **variant: Any) -> AdaLoraConfig:
     """Half as many directions again at the start; r of them in each module on average at the end; LoRA's s, α/r."""
     init_r = c.r + (c.r + 1) // 2
@@ -76,6 +81,7 @@ METHODS = {
     "dora": Recipe(lambda c: _lora(c, use_dora=True), 5e-3),
     "qdora": Recipe(lambda c: _lora(c, use_dora=True), 5e-3, quantize="nf4"),
     "adalora": Recipe(_adalora, 2e-2),  # 1, 2, 5 ·1e-2
+    "lora-ga": Recipe(_lora_ga, 5e-3),  # 2, 5, 10, 20 ·1e-3
     "lora-pro": Recipe(_lora_pro, 5e-3),  # 1, 2, 5, 10, 20 ·1e-3
     "pissa": Recipe(lambda c: _lora(c, init_lora_weights="pissa"), 5e-3),
     "loftq": Recipe(lambda c: _lora(c, init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_iter=5)), 5e-3),

@@ -22,6 +22,7 @@ class Method:
     Attributes:
         config: the config that built it.
         adapter: the name of the adapter that `wrap` adds.
+        names: of the modules that it will wrap; known from `prepare` on.
         rng: the generator for start values and dropout.
         run_steps: how many steps the run has that `fit` has begun last; None before.
         layer: the kind of layer that `wrap` makes; a module that is another kind's already is refused.
@@ -34,6 +35,7 @@ class Method:
     def __init__(self, config: Any) -> None:
         self.config = config
         self.adapter = "default"
+        self.names: list[str] = []
         self.rng = np.random.default_rng(0)
         self.run_steps: int | None = None
 

@@ -353,8 +353,10 @@ class LoraConfig:
         target_modules: `"all-linear"` (or the document's `"ALL"`: every Linear but the output head), a regular
             expression that a whole name must match, or names and endings of names.
         init_lora_weights: True (PEFT's default, `"kaiming"`), False (A and B both random: not the identity, for tests),
-            one of `INITS`, or `"loftq"`: the weight becomes codes, and A and B start as what these lack.
+            one of `INITS`; `"loftq"`: the weight becomes codes, and A and B start as what these lack; or `"lora_ga"`:
+            A and B start in the full gradient's singular vectors (methods/lora_ga.py).
         loftq_config: `LoftQConfig(loftq_bits, loftq_iter)` for `"loftq"`.
+        lora_ga_config: `LoraGAConfig(direction, scale, stable_gamma)` for `"lora_ga"`.
         use_rslora: s = α/√r.
         use_dora: DoRA, a magnitude for every output beside the factors (methods/dora.py).
         dora_magnitude: "column" (PEFT's) or "scalar" (the document's one magnitude for a matrix).
@@ -373,6 +375,7 @@ class LoraConfig:
     target_modules: str | list[str] | None = None
     init_lora_weights: bool | str = True
     loftq_config: Any = None
+    lora_ga_config: Any = None
     use_rslora: bool = False
     use_dora: bool = False
     dora_magnitude: str = "column"
@@ -400,8 +403,8 @@ class LoraConfig:
         self.lora_dropout = float(self.lora_dropout)
         if self.bias not in BIASES:
             raise ValueError(f"bias: got {self.bias!r}; accepted are {', '.join(map(repr, BIASES))}")
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in (*INITS, "loftq"):
-            accepted = f"True, False, {', '.join(map(repr, INITS))}, 'loftq'"
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in (*INITS, "loftq", "lora_ga"):
+            accepted = f"True, False, {', '.join(map(repr, INITS))}, 'loftq', 'lora_ga'"
             raise ValueError(f"init_lora_weights: got {self.init_lora_weights!r}; accepted are {accepted}")
         if self.init_lora_weights == "loftq" or self.loftq_config:
             from .qlora import loftq_config  # QLoRA is built on LoRA
@@ -409,6 +412,8 @@ class LoraConfig:
             self.loftq_config = loftq_config(self.loftq_config)
             if self.init_lora_weights == "loftq" and self.use_dora:
                 raise ValueError("use_dora: got True with init_lora_weights='loftq'; False is accepted")
+        if self.init_lora_weights == "lora_ga" or self.lora_ga_config:
+            self._check_lora_ga()
         if not isinstance(self.use_dora, bool):
             raise ValueError(f"use_dora: got {self.use_dora!r}; True and False are accepted")
         for name, accepted in _DORA_CHOICES.items():
@@ -416,6 +421,15 @@ class LoraConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; accepted are {', '.join(map(repr, accepted))}")
             if not self.use_dora and getattr(self, name) != accepted[0]:
                 raise ValueError(f"{name}: got {getattr(self, name)!r} without use_dora; use_dora=True is accepted")
+
+    def _check_lora_ga(self) -> None:
+        from .lora_ga import lora_ga_config  # LoRA-GA is built on LoRA
+
+        self.lora_ga_config = lora_ga_config(self.lora_ga_config)
+        if self.init_lora_weights == "lora_ga" and self.use_dora:
+            raise ValueError("use_dora: got True with init_lora_weights='lora_ga'; False is accepted")
+        if self.init_lora_weights == "lora_ga" and type(self) is not LoraConfig:
+            raise ValueError(f"init_lora_weights: {type(self).__name__} has no 'lora_ga'; LoraConfig has it")
 
     def build(self) -> Lora:
         """The method that this config describes."""
@@ -427,6 +441,10 @@ class LoraConfig:
             from .qlora import LoftQ
 
             return LoftQ(self)
+        if self.init_lora_weights == "lora_ga":
+            from .lora_ga import LoraGA
+
+            return LoraGA(self)
         return Lora(self)
 
     def rank_of(self, name: str) -> int:
@@ -442,6 +460,9 @@ class LoraConfig:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         if not self.loftq_config:
             del data["loftq_config"]
+        del data["lora_ga_config"]
+        if self.init_lora_weights == "lora_ga":
+            data["lora_ga_config"] = self.lora_ga_config.to_dict()
         return {k: v for k, v in data.items() if k not in _DORA_CHOICES or v != _DORA_CHOICES[k][0]}
 
     @classmethod
@@ -457,8 +478,8 @@ class LoraConfig:
             raise ValueError(
                 f"adapter config: {', '.join(f'{k}={v!r}' for k, v in extra.items())} is not supported here"
             )
-        own = {key: value for key, value in data.items() if key in known}
-        if own.get("init_lora_weights") in _BASE_KEEPING_INITS:
+        own = {key: value for key, value in data.items() if key in known and key != "lora_ga_config"}
+        if own.get("init_lora_weights") in _TRUE_WHEN_READ:
             own["init_lora_weights"] = True
         if own.get("loftq_config") and own.get("init_lora_weights") is True:
             own["init_lora_weights"] = "loftq"  # as `adapter_files.portable` writes it
@@ -468,7 +489,9 @@ class LoraConfig:
 # What use_dora offers beyond PEFT, the first as in PEFT; the file names only what differs from that
 _DORA_CHOICES = {"dora_magnitude": ("column", "scalar"), "dora_norm": ("constant", "graph")}
 # PEFT's fields that are set without changing what a LoRA adapter computes
-_BASE_KEEPING_INITS = ("eva", "orthogonal")  # PEFT's inits that leave W as it is: a saved adapter needs no more
+# PEFT's inits of which a saved adapter needs no more: they left W as it is, or ("lora_ga") changed it once and for all,
+# and the adapter is for the base that was saved then; no gradients are there to change it again
+_TRUE_WHEN_READ = ("eva", "orthogonal", "lora_ga")
 _NO_EFFECT = {"auto_mapping", "megatron_core", "peft_version", "qalora_group_size", "revision"}
 
 
