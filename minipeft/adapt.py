@@ -60,14 +60,15 @@ class Settings:
 
 def fill_options(settings: Any) -> None:
     """Give r, alpha and targets their defaults; ValueError where the method has no such options."""
-    whole = METHODS[settings.method].config is None
+    own = METHODS[settings.method].options
     for option in ("r", "alpha", "targets"):
-        if whole and getattr(settings, option) is not None:
-            raise ValueError(f"--{option}: method {settings.method!r} has no such option, it trains whole weights")
-    if not whole:
-        settings.r = 8 if settings.r is None else settings.r
-        settings.alpha = 2.0 * settings.r if settings.alpha is None else settings.alpha
-        settings.targets = settings.targets or "all-linear"
+        if option not in own and getattr(settings, option) is not None:
+            why = f"its options are --{', --'.join(own)}" if own else "it trains whole weights"
+            raise ValueError(f"--{option}: method {settings.method!r} has no such option, {why}")
+    defaults = {"r": 8, "alpha": 2.0 * (settings.r or 8), "targets": "all-linear"}
+    for option in own:
+        if getattr(settings, option) is None:
+            setattr(settings, option, defaults[option])
 
 
 def choice(settings: Any) -> Choice:
@@ -78,7 +79,7 @@ def choice(settings: Any) -> Choice:
     targets = settings.targets or "all-linear"
     pattern = targets.lower() in ("all-linear", "all") or any(sign in targets for sign in "*+?[(|^$\\")
     names = targets if pattern else [name.strip() for name in targets.split(",")]
-    given = {} if settings.r is None else {"r": settings.r, "alpha": settings.alpha}
+    given = {name: getattr(settings, name) for name in ("r", "alpha") if getattr(settings, name) is not None}
     return Choice(targets=names, steps=settings.steps, **given)
 
 

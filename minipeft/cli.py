@@ -101,7 +101,9 @@ def train(
         ),
     ] = None,
     method: Annotated[str, typer.Option(help=f"What trains: {', '.join(adapt.METHODS)}.")] = "lora",
-    r: Annotated[int | None, typer.Option(help="Rank of the update BA.  [dim]\\[default: 8][/]")] = None,
+    r: Annotated[
+        int | None, typer.Option(help="Rank of BA (adapter: bottleneck; p-tuning: tokens).  [dim]\\[default: 8][/]")
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(help="α: the update is scaled by α/r (rslora: α/√r).  [dim]\\[default: 2r][/]"),

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .methods.adalora import AdaLoraConfig
+from .methods.bottleneck import BottleneckAdapterConfig
+from .methods.hybrid import FullThenLoraConfig
 from .methods.lora import LoraConfig
 from .methods.lora_ga import LoraGAConfig
 from .methods.lora_pro import LoraProConfig
+from .methods.p_tuning import PromptEncoderConfig
 from .methods.qlora import LoftQConfig
 from .nn import Module
 from .peft import get_peft_model
@@ -39,12 +42,14 @@ class Recipe:
     so that SmolLM2 learns its new name and forgets little: 40 steps at 5e-4 raise perplexity by 2.5 %, at 1e-3 by 4.5.
 
     With `quantize` all Linears but the output head hold their weight in that code before adapters are attached.
+    `options` are those of a `Choice` that the config has a use for.
     """
 
     config: Callable[[Choice], Any] | None
     lr: float
     language_lr: float | None = None
     quantize: str | None = None
+    options: tuple[str, ...] = ("r", "alpha", "targets")
 
     def __post_init__(self) -> None:
         if self.language_lr is None:
@@ -73,8 +78,18 @@ def _adalora(c: Choice, **variant: Any) -> AdaLoraConfig:
     )  # fmt: skip
 
 
+def _full_then_lora(c: Choice) -> FullThenLoraConfig:
+    """The output head stays in both phases, as it does under "full" and "lora"."""
+    return FullThenLoraConfig(r=c.r, lora_alpha=c.alpha, target_modules=c.targets, total_step=c.steps, train_head=False)
+
+
+def _adapter(c: Choice) -> BottleneckAdapterConfig:
+    """Bottlenecks of r features, at their own places unless others are named."""
+    return BottleneckAdapterConfig(bottleneck_size=c.r, target_modules=None if c.targets == "all-linear" else c.targets)
+
+
 METHODS = {
-    "full": Recipe(None, 3e-3, 3e-5),  # 1, 3, 6 ·1e-3
+    "full": Recipe(None, 3e-3, 3e-5, options=()),  # 1, 3, 6 ·1e-3
     "lora": Recipe(_lora, 5e-3),  # 5, 10, 20 ·1e-3
     "rslora": Recipe(lambda c: _lora(c, use_rslora=True), 5e-3),
     "qlora": Recipe(_lora, 5e-3, quantize="nf4"),
@@ -83,6 +98,11 @@ METHODS = {
     "adalora": Recipe(_adalora, 2e-2),  # 1, 2, 5 ·1e-2
     "lora-ga": Recipe(_lora_ga, 5e-3),  # 2, 5, 10, 20 ·1e-3
     "lora-pro": Recipe(_lora_pro, 5e-3),  # 1, 2, 5, 10, 20 ·1e-3
+    "full-then-lora": Recipe(_full_then_lora, 5e-3, 1e-4),  # 1, 3, 5, 10 ·1e-3
+    "adapter": Recipe(_adapter, 2e-2, options=("r", "targets")),  # 5, 10, 20, 40 ·1e-3
+    "p-tuning": Recipe(  # r virtual tokens; 0.5, 1, 2, 5, 10, 20 ·1e-3
+        lambda c: PromptEncoderConfig(num_virtual_tokens=c.r), 5e-3, options=("r",)
+    ),
     "pissa": Recipe(lambda c: _lora(c, init_lora_weights="pissa"), 5e-3),
     "loftq": Recipe(lambda c: _lora(c, init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_iter=5)), 5e-3),
 }
