@@ -27,8 +27,10 @@ function setLanguage(lang) {
 }
 
 function showTheme() {
-  const names = { auto: say("Theme: auto", "主题：自动"), light: say("Theme: light", "主题：浅色"), dark: say("Theme: dark", "主题：深色") };
-  $("#theme").textContent = names[root.dataset.theme || "auto"];
+  const theme = root.dataset.theme || "auto";
+  const names = { auto: say("auto", "自动"), light: say("light", "浅色"), dark: say("dark", "深色") };
+  $("#theme").textContent = "◐ " + names[theme];
+  $("#theme").setAttribute("aria-label", say("Theme: ", "主题：") + names[theme]);
 }
 
 $("#language").addEventListener("click", () => {
@@ -212,14 +214,16 @@ function picture(canvas, values, [rows, columns], limit, grey) {
   context.putImageData(pixels, 0, 0);
 }
 
-/** Numbers of one or more lines as an SVG path over axes; x and y are [from, to]. */
-function frame(svg, { width = 640, height = 260, left = 54, bottom = 40, x, y, xTicks, yTicks, xLabel, yLabel, body }) {
-  const X = (v) => left + ((v - x[0]) / (x[1] - x[0])) * (width - left - 12);
+/** A plot with axes, drawn in the pixels that it has, so that its type is as large as the text's; x, y: [from, to]. */
+function frame(svg, { x, y, xTicks, yTicks, xLabel, yLabel, body }) {
+  const width = Math.max(260, svg.clientWidth || 640), height = Math.round(Math.min(300, 150 + width / 5));
+  const left = yTicks.length ? 44 : 24, bottom = 42;
+  const X = (v) => left + ((v - x[0]) / (x[1] - x[0])) * (width - left - 26);
   const Y = (v) => height - bottom - ((v - y[0]) / (y[1] - y[0])) * (height - bottom - 22);
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const ticks = xTicks.map((v) => `<text x="${X(v)}" y="${height - bottom + 17}" text-anchor="middle">${v}</text>`).join("") +
     yTicks.map((v) => `<text x="${left - 7}" y="${Y(v) + 4}" text-anchor="end">${v}</text>`).join("");
-  svg.innerHTML = body(X, Y) + `<path class="axis" d="M${left} 16V${height - bottom}H${width - 12}"/>` + ticks +
+  svg.innerHTML = body(X, Y) + `<path class="axis" d="M${left} 16V${height - bottom}H${width - 20}"/>` + ticks +
     `<text x="${(left + width) / 2}" y="${height - 5}" text-anchor="middle">${escaped(xLabel)}</text>` +
     `<text x="0" y="11">${escaped(yLabel)}</text>`;
 }
@@ -283,7 +287,7 @@ widget("quantize", (place, { code, bits, block }) => {
   const top = Math.max(...counts);
   frame($(".plot", place), {
     x: [-absmax, absmax], y: [0, 1.05], xTicks: [-absmax, 0, absmax].map((v) => +v.toFixed(2)), yTicks: [],
-    xLabel: say("weight; lines: the code's numbers, for a block with this largest magnitude", "权重；竖线：编码的取值（以该块的最大绝对值缩放）"), yLabel: "",
+    xLabel: say("weights of a block; lines: the code's numbers", "一块中的权重；竖线：编码的取值"), yLabel: "",
     body: (X, Y) => counts.map((n, i) => `<rect class="area" x="${X(((2 * i) / bins - 1) * absmax)}" y="${Y(n / top)}" width="${X(2 * absmax / bins) - X(0)}" height="${Y(0) - Y(n / top)}"/>`).join("") +
       table.map((level) => `<path class="level" d="M${X(level * absmax)} ${Y(0)}V${Y(width > 5 ? 0.14 : 0.3)}"/>`).join(""),
   });
@@ -338,6 +342,12 @@ widget("memory", (place, { size, method, dtype, optimizer, r, batch, seq, checkp
   $(".result", place).textContent = say(
     `${count} billion weights. ${fits ? `The sum fits into ${fits} GiB` : "The sum is more than 80 GiB"}; a runtime's own buffers and fragmentation come on top.`,
     `${count}×10⁹ 个权重。${fits ? `合计可放入 ${fits} GiB 显存` : "合计超过 80 GiB"}；运行时缓冲区与碎片另计。`);
+});
+
+let resized = 0;
+addEventListener("resize", () => {
+  cancelAnimationFrame(resized);
+  resized = requestAnimationFrame(() => listeners.forEach((draw) => draw()));
 });
 
 // --- start ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import files
-from . import comparison, dora, lora, lora_pro, qlora
+from . import adalora, comparison, dora, lora, lora_pro, qlora
 from .style import LANGUAGES, drawing, png, svg
 
 if TYPE_CHECKING:
@@ -33,6 +33,12 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "nf4-table": qlora.nf4,
     "quantization-error": qlora.quantization_error,
     "dequantization": qlora.dequantization,
+    "static-quantization": qlora.static_quantization,
+    "seven-billion": qlora.seven_billion,
+    "low-bits": qlora.low_bits,
+    "adalora-ranks": adalora.ranks,
+    "importance": adalora.importance,
+    "orthogonality": adalora.orthogonality,
     "magnitude-direction": dora.magnitude_direction,
     "projection": lora_pro.projection,
     "lora-pro-gap": lora_pro.gap,

@@ -108,3 +108,87 @@ def dequantization() -> Figure:
         f"claim qlora.dynamic-dequant: square layers in NF4, a full float32 weight has {weight / 2**20:.0f} MiB; r = 8",
         f"结论 qlora.dynamic-dequant：NF4 方阵层，一个 float32 全精度权重为 {weight / 2**20:.0f} MiB；r = 8",
     )
+
+
+def static_quantization() -> Figure:
+    """Loss curves with weights that are rounded to codes after each step, and of QLoRA, whose codes stay."""
+    found = figures("qlora.static-quant")
+    styles = {
+        "nearest": (t("rounded to the nearest code", "舍入到最近的编码"), VERMILION, (0, (5, 2))),
+        "stochastic": (t("rounded at random, mean kept", "随机舍入（期望不变）"), GREEN, (0, (3, 1, 1, 1))),
+        "QLoRA": ("QLoRA", BLUE, "-"),
+        "not rounded": (t("not rounded", "不舍入"), GREY, (0, (1, 1))),
+    }
+    figure, axes = panels(1, size=(9.5, 4.6))
+    for key, (name, colour, dashes) in styles.items():
+        losses = np.convolve(found["curves"][key], np.ones(10) / 10, mode="valid")
+        label = f"{name}: {100 * found['accuracy'][key]:.0f} %"
+        axes.plot(np.arange(len(losses)) + 10, losses, color=colour, ls=dashes, label=label)
+    axes.set(
+        xlabel=t("step", "步"),
+        ylabel=t("training loss, mean of 10", "训练损失（10 步平均）"),
+        yscale="log",
+        xlim=(0, None),
+    )
+    figure.legend(
+        loc="outside upper center", ncols=fit(2, 1), title=t("weights, and the accuracy reached", "权重，及最终准确率")
+    )
+    return source(
+        figure,
+        "claim qlora.static-quant: MLP on rotated digits; all but QLoRA train every weight",
+        "结论 qlora.static-quant：MLP，旋转的手写数字；除 QLoRA 外均训练全部权重",
+    )
+
+
+def seven_billion() -> Figure:
+    """What a 7B model needs with QLoRA, part by part, against the document's 5 to 6 GB."""
+    parts = figures("qlora.7b")["parts"]
+    chinese = (
+        "4.127 比特的权重",
+        "词嵌入、输出头、归一化",
+        "适配器",
+        "梯度",
+        "AdamW 状态",
+        "激活值",
+        "一个反量化的权重",
+    )
+    figure, axes = panels(1, size=(9.5, 4.6))
+    names = [t(name, zh) for name, zh in zip(parts, chinese, strict=True)]
+    sizes = np.array(list(parts.values())) / 1e9
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    axes.axvspan(5, 6, color=ORANGE, alpha=0.35, lw=0)
+    axes.text(5.5, -0.8, t("the document: 5–6", "文档：5–6"), ha="center", va="bottom", fontsize=fit(13, 10))
+    axes.barh(names, sizes, left=starts, color=BLUE)
+    for i, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        axes.text(start + size + 0.06, i, f"{size:.2f}", va="center", fontsize=13)
+    axes.set(xlabel="GB", xlim=(0, 6.6), ylim=(len(sizes) - 0.4, -0.7))
+    axes.tick_params(axis="y", length=0)
+    return source(
+        figure,
+        f"claim qlora.7b: by formula, batch 1, 512 tokens, r = 16, checkpointing; sum {sizes.sum():.2f} GB",
+        f"结论 qlora.7b：按公式，批大小 1，512 词元，r = 16，激活重算；合计 {sizes.sum():.2f} GB，不含 GPU 运行时",
+    )
+
+
+def low_bits() -> Figure:
+    """Accuracy by the bits that the frozen weights are held in: before adapting, and after, on two tasks."""
+    found = figures("qlora.low-bits")
+    bits = list(found)
+    styles = {
+        "own_accuracy": (t("digits that it knows", "原任务"), GREY, "^:"),
+        "easy_accuracy": (t("adapted to mirrored digits", "适配镜像数字（易）"), GREEN, "s--"),
+        "hard_accuracy": (t("adapted to rotated digits", "适配旋转数字（难）"), VERMILION, "o-"),
+    }
+    figure, (errors, accuracy) = panels(2)
+    errors.bar(bits, [100 * found[b]["weight_error"] for b in bits], color=BLUE)
+    errors.set(xlabel=t("bits a weight", "每个权重的比特数"), ylabel=t("error of the weights, %", "权重误差，%"))
+    for key, (name, colour, line) in styles.items():
+        accuracy.plot(bits, [100 * found[b][key] for b in bits], line, color=colour, label=name)
+    accuracy.set(xlabel=t("bits a weight", "每个权重的比特数"), ylabel=t("test accuracy, %", "测试准确率，%"))
+    accuracy.set_ylim(80, 100)
+    accuracy.legend(loc="lower left", fontsize=12.5)
+    return source(
+        figure,
+        "claim qlora.low-bits: MLP with weights in normal floats, adapters of r = 8, 200 steps",
+        "结论 qlora.low-bits：权重为正态浮点编码的 MLP，适配器 r = 8，200 步",
+    )
