@@ -388,7 +388,9 @@ def test_a_frozen_input_gets_no_gradient_and_changes_none(name):
         inputs = case.inputs(requires_grad=False)
         inputs[trained].requires_grad = True
         case.run(*inputs).backward(cases.numbers(out.shape, 9))
-        np.testing.assert_array_equal(inputs[trained].grad, full[trained])
+        # a frozen head's loss is summed up by columns, another's by rows
+        rounding = 1e-14 if name == "linear_cross_entropy" else 0
+        np.testing.assert_allclose(inputs[trained].grad, full[trained], rtol=0, atol=rounding)
         assert all(x.grad is None for i, x in enumerate(inputs) if i != trained)
 
 
