@@ -100,29 +100,32 @@ def swiglu(gate: Any, up: Any) -> Tensor:
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: gate {gate.shape} and up {up.shape} must have one shape")
     xp, shape = get_namespace(gate.data), gate.shape
-    x, u = gate.data.reshape(-1), up.data.reshape(-1)
+    x, up_data = gate.data.reshape(-1), up.data.reshape(-1)
+    u = up_data if gate.requires_grad else None  # kept for dgate alone
     y = xp.empty_like(x)
 
     def forward(start: int, stop: int) -> None:
         part = slice(start, stop)
         silu = _sigmoid(x[part])
         silu *= x[part]
-        xp.multiply(silu, u[part], out=y[part])
+        xp.multiply(silu, up_data[part], out=y[part])
 
-    def backward(g: Array) -> tuple[Array, Array]:
+    def backward(g: Array) -> tuple[Array | None, Array]:
         g = g.reshape(-1)
-        dx, du = xp.empty_like(x), xp.empty_like(x)
+        dx, du = None if u is None else xp.empty_like(x), xp.empty_like(x)
 
         def each(start: int, stop: int) -> None:
             part = slice(start, stop)
             sigmoid = _sigmoid(x[part])
             silu = sigmoid * x[part]
             xp.multiply(silu, g[part], out=du[part])
+            if u is None:
+                return
             d = xp.multiply(g[part], u[part], out=dx[part])
             d *= sigmoid + silu * (1 - sigmoid)  # silu' = σ + x·σ·(1 − σ)
 
         in_parts(each, x.size, xp)
-        return dx.reshape(shape), du.reshape(shape)
+        return None if dx is None else dx.reshape(shape), du.reshape(shape)
 
     in_parts(forward, x.size, xp)
     return joint_result("swiglu", y.reshape(shape), (gate, up), backward)
