@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import files
-from . import adalora, comparison, dora, lora, lora_pro, qlora
+from . import adalora, comparison, dora, lora, lora_ga, lora_pro, qlora
 from .style import LANGUAGES, drawing, png, svg
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "adalora-ranks": adalora.ranks,
     "importance": adalora.importance,
     "orthogonality": adalora.orthogonality,
+    "alignment": lora_ga.alignment,
     "magnitude-direction": dora.magnitude_direction,
     "projection": lora_pro.projection,
     "lora-pro-gap": lora_pro.gap,

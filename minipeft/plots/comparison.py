@@ -35,7 +35,14 @@ STYLES = {  # colour, dashes, marker: distinct without colour too
 }
 NAMES = {"full": ("full", "全量微调"), "full-then-lora": ("full, then LoRA", "先全量后 LoRA")}
 SPELLED = {"lora": "LoRA", "rslora": "rsLoRA", "qlora": "QLoRA", "dora": "DoRA", "qdora": "QDoRA", "adalora": "AdaLoRA"}
-SPELLED |= {"lora-ga": "LoRA-GA", "lora-pro": "LoRA-Pro", "pissa": "PiSSA", "loftq": "LoftQ", "adapter": "Adapter"}
+SPELLED |= {
+    "lora-ga": "LoRA-GA",
+    "lora-pro": "LoRA-Pro",
+    "pissa": "PiSSA",
+    "loftq": "LoftQ",
+    "adapter": "Adapter",
+    "p-tuning": "P-Tuning",
+}
 
 
 def name_of(method: str) -> str:
@@ -113,28 +120,34 @@ def _runs(method: str) -> list[Run]:
     return [adapt(method, "mlp", seed=seed) for seed in SEEDS]
 
 
+PANELS = {  # no panel with more lines than can be told apart; LoRA is in both, as the one to compare with
+    ("LoRA and its variants", "LoRA 及其变体"): ["lora", "rslora", "dora", "adalora", "lora-ga", "lora-pro", "pissa"],
+    ("and others", "其他方法"): ["lora", "full", "full-then-lora", "qlora", "qdora", "loftq", "adapter"],
+}
+
+
 def _compared() -> list[str]:
-    return [method for method in STYLES if method in METHODS and method != "p-tuning"]  # the MLP has no tokens
+    """All methods but P-Tuning: an MLP has no place for virtual tokens."""
+    return [method for method in STYLES if method in METHODS and method != "p-tuning"]
 
 
 def methods() -> Figure:
     """The loss of every method, means and spread over seeds, and the accuracy reached."""
-    figure, (curve, points) = panels(2, [1.5, 1], size=(12, 5.2))
-    compared = _compared()
-    for i, method in enumerate(compared):
-        colour, dashes, marker = STYLES[method]
-        _band(curve, [smoothed(run) for run in _runs(method)], colour, dashes, name_of(method))
+    figure, (*curves, points) = panels(3, [1.2, 1.2, 1], size=(15, 6.2))
+    for ax, (title, shown) in zip(curves, PANELS.items(), strict=True):
+        for method in shown:
+            colour, dashes, _ = STYLES[method]
+            _band(ax, [smoothed(run) for run in _runs(method)], colour, dashes, name_of(method))
+        ax.set(title=t(*title), xlabel=t("step", "步"), yscale="log", xlim=(0, STEPS), ylim=(0.008, 90))
+        ax.legend(ncols=2, fontsize=12, loc="upper right")
+    curves[0].set_ylabel(t("training loss, mean of 10", "训练损失（10 步平均）"))
+    for i, method in enumerate(_compared()):
+        colour, _, marker = STYLES[method]
         reached = [100 * run.accuracy[1] for run in _runs(method)]
-        points.plot(reached, [i] * len(reached), marker, color=colour, ms=9, alpha=0.5)
-        points.plot(np.mean(reached), i, "|", color=colour, ms=24, mew=3)
-    curve.set(
-        xlabel=t("step", "步"),
-        ylabel=t("training loss, mean of 10", "训练损失（10 步平均）"),
-        yscale="log",
-        xlim=(0, STEPS),
-    )
-    figure.legend(loc="outside upper center", ncols=fit(6, 3))
-    points.set(yticks=range(len(compared)), yticklabels=[name_of(m) for m in compared])
+        points.plot(reached, [i] * len(reached), marker, color=colour, ms=8, alpha=0.5)
+        points.plot(np.mean(reached), i, "|", color=colour, ms=18, mew=3)
+    points.set(yticks=range(len(_compared())), yticklabels=[name_of(method) for method in _compared()])
+    points.tick_params(axis="y", labelsize=fit(13, 10))
     points.set_xlabel(t("test accuracy, %", "测试准确率，%"))
     points.invert_yaxis()
     return source(
@@ -159,7 +172,7 @@ def quality_memory() -> Figure:
         _point(axes, _runs(method), method)
     axes.set(xlabel=t("weights, gradients and optimizer state, kB", "权重、梯度与优化器状态，kB"), xlim=(0, None))
     axes.set_ylabel(t("test accuracy, %", "测试准确率，%"))
-    axes.legend(loc="lower right", ncols=2)
+    axes.legend(loc="lower right", ncols=fit(3, 2), fontsize=fit(12.5, 9))
     return source(
         figure,
         f"MLP on rotated digits, float32, AdamW, r = 8 where nothing else is said; {len(SEEDS)} seeds, whiskers: range",
