@@ -25,10 +25,12 @@ LORA = [
     "lora.memory-parts",
     "lora.forward-flops",
     "lora.backward-flops",
+    "lora.not-train-efficient",
     "lora.early-movement",
     "lora.smaller-faster",
+    "lora.hybrid",
 ]
-MEASURED = {"lora.latency", "lora.overparameterized", "lora.early-movement", "lora.smaller-faster"}
+MEASURED = {"lora.latency", "lora.overparameterized", "lora.early-movement", "lora.smaller-faster", "lora.hybrid"}
 
 
 @pytest.fixture(scope="module")
