@@ -92,9 +92,9 @@ METHODS = {
     "full": Recipe(None, 3e-3, 3e-5, options=()),  # 1, 3, 6 ·1e-3
     "lora": Recipe(_lora, 5e-3),  # 5, 10, 20 ·1e-3
     "rslora": Recipe(lambda c: _lora(c, use_rslora=True), 5e-3),
-    "qlora": Recipe(_lora, 5e-3, quantize="nf4"),
+    "qlora": Recipe(_lora, 5e-3, quantize="nf4"),  # 1, 2, 5, 10, 20 ·1e-3
     "dora": Recipe(lambda c: _lora(c, use_dora=True), 5e-3),
-    "qdora": Recipe(lambda c: _lora(c, use_dora=True), 5e-3, quantize="nf4"),
+    "qdora": Recipe(lambda c: _lora(c, use_dora=True), 1e-2, quantize="nf4"),  # 5, 10, 20 ·1e-3
     "adalora": Recipe(_adalora, 2e-2),  # 1, 2, 5 ·1e-2
     "lora-ga": Recipe(_lora_ga, 5e-3),  # 2, 5, 10, 20 ·1e-3
     "lora-pro": Recipe(_lora_pro, 5e-3),  # 1, 2, 5, 10, 20 ·1e-3
@@ -103,8 +103,10 @@ METHODS = {
     "p-tuning": Recipe(  # r virtual tokens; 0.5, 1, 2, 5, 10, 20 ·1e-3
         lambda c: PromptEncoderConfig(num_virtual_tokens=c.r), 5e-3, options=("r",)
     ),
-    "pissa": Recipe(lambda c: _lora(c, init_lora_weights="pissa"), 5e-3),
-    "loftq": Recipe(lambda c: _lora(c, init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_iter=5)), 5e-3),
+    "pissa": Recipe(lambda c: _lora(c, init_lora_weights="pissa"), 5e-3),  # 1, 2, 5, 10, 20 ·1e-3
+    "loftq": Recipe(  # 1, 2, 5, 10, 20 ·1e-3
+        lambda c: _lora(c, init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_iter=5)), 5e-3
+    ),
 }
 
 
