@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from minipeft import LoraConfig, Tensor, fit, get_peft_model, nn, optim
+from minipeft import FullThenLoraConfig, LoraConfig, Tensor, fit, get_peft_model, nn, optim
 
 STEPS = 300
 
@@ -17,7 +17,11 @@ def build(kind):
     """(model, optimizer, scheduler): dropout in the base and on the adapter's path, a trained copy, a schedule."""
     rng = np.random.default_rng(0)
     base = nn.Sequential(nn.Linear(12, 16, rng=rng), nn.ReLU(), nn.Dropout(0.2, rng=1), nn.Linear(16, 4, rng=rng))
-    model = get_peft_model(base, LoraConfig(r=2, lora_dropout=0.3, init_lora_weights="pissa", modules_to_save=["3"]))
+    options = {"r": 2, "lora_dropout": 0.3, "modules_to_save": ["3"]}
+    config = (
+        FullThenLoraConfig(**options) if kind == "full-then-lora" else LoraConfig(init_lora_weights="pissa", **options)
+    )
+    model = get_peft_model(base, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     if kind == "sgd":
         optimizer = optim.SGD(trained, lr=0.05, momentum=0.9, nesterov=True)

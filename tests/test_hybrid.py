@@ -125,6 +125,31 @@ def test_one_optimizer_serves_both_and_frees_what_it_knew_of_the_weights():
     assert ages == [{1}, {2}, set(), *({i} for i in range(1, STEPS - SWITCH + 1))]
 
 
+def test_an_optimizer_forgets_large_and_small_parameters_and_goes_on_with_the_rest():
+    rng = np.random.default_rng(0)
+    shapes = [(3,), (optim.UNIT + 5,), (4, 2), (2 * optim.UNIT,), (7,)]
+    starts, gradients = ([rng.standard_normal(shape) for shape in shapes] for _ in range(2))
+    kept = [0, 1, 4]
+
+    def going(forgets):
+        params = [nn.Parameter(start.copy()) for start in starts]
+        optimizer = optim.AdamW(params, lr=0.1)
+        for step in range(6):
+            for i, p in enumerate(params):
+                p.grad = None if step in (3, 4) and i not in kept else np.cos(step) * gradients[i]
+            optimizer.step()
+            if step == 2 and forgets:
+                optimizer.forget([p for i, p in enumerate(params) if i not in kept])
+                assert optimizer.nbytes == sum(2 * params[i].data.nbytes for i in kept)
+        return params, optimizer.state_dict()
+
+    (usual, before), (forgotten, after) = going(False), going(True)
+    for i in kept:
+        assert usual[i].data.tobytes() == forgotten[i].data.tobytes()
+    assert [int(after[f"{i}.step"][0]) for i in range(5)] == [6, 6, 1, 1, 6]
+    assert int(before["2.step"][0]) == 4
+
+
 def test_after_the_switch_no_weight_has_a_gradient_and_the_learning_rate_goes_on():
     model = hybrid()
     optimizer = optimizer_of(model)

@@ -467,8 +467,8 @@ def stop_at(step):
     return callback
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-@pytest.mark.parametrize("stops", [(1,), (4,), (7, 8, 149), (150,)])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "full-then-lora"])
+@pytest.mark.parametrize("stops", [(1,), (4,), (7, 8, 149), (29, 30, 31), (150,)])
 def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(kind, stops, tmp_path):
     results = []
     for name, interruptions in (("whole", ()), ("stopped", stops)):
@@ -484,7 +484,7 @@ def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(kind, stops, tmp_pat
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "full-then-lora"])
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(kind, tmp_path):
     """Each step writes a checkpoint, so most kills hit a write. A life lasts a random number of steps, and a moment
     more; six lives cannot reach the end, on a machine of any speed."""

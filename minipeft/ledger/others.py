@@ -72,7 +72,8 @@ def not_train_efficient() -> Evidence:
     few = all(figures[method]["parameters"] < 0.1 for method in EFFICIENT)
     crossed = all(figures[method]["crossed"] > 0.8 for method in EFFICIENT)
     return Evidence(
-        f"A step of a Llama (4 blocks of 192) on {ROWS} × {TOKENS} tokens, ÷ full training: {shown}. Only the products "
+        f"A step of a Llama (4 blocks of 192) on {ROWS} × {TOKENS} tokens, ÷ full training, AdamW's update in the "
+        f"time: {shown}. Only the products "
         "dW of frozen weights are saved, a third of all at most.",
         holds=few and crossed,
         figures=figures,
