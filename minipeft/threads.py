@@ -49,9 +49,14 @@ def in_parts(work: Callable[[int, int], None], n: int, xp: ModuleType, width: in
         work(start, min(n, start + length))
 
 
+def inside() -> bool:
+    """Whether this is one of the tasks that `side_by_side` runs at the same time."""
+    return _inside.get()
+
+
 def available() -> int:
     """How many tasks `side_by_side` would run at a time, here and now; 1 where they come one after the other."""
-    apart = _inside.get() or backend.flop_counter is not None or openblas("openblas_set_num_threads") is None
+    apart = inside() or backend.flop_counter is not None or openblas("openblas_set_num_threads") is None
     return 1 if apart else threads()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import backend
+from .. import backend, threads
 from ..backend import Array, get_namespace
 from ..tensor import Tensor
 
@@ -26,9 +26,9 @@ def in_parts(work: Callable[[int, int], None], n: int, xp: object, blocksize: in
     """Call work(start, stop) on parts of 0 … n, over all threads: NumPy releases the GIL while it computes.
 
     The parts are whole blocks, of about `part` elements or one for each thread if that is less. On a device there is
-    one part.
+    one part; inside `threads.side_by_side`, whose tasks have a processor each, one thread.
     """
-    cpus = available_cpus() if xp is np and n > PART else 1
+    cpus = available_cpus() if xp is np and n > PART and not threads.inside() else 1
     length = max(PART, min(part, n // cpus))
     length += -length % blocksize
     if xp is not np or n <= length:
