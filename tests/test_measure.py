@@ -12,7 +12,19 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from minipeft import LoraConfig, Tensor, backend, get_peft_model, measure, nn, ops, optim
+from minipeft import (
+    AdaLoraConfig,
+    LoraConfig,
+    LoraProConfig,
+    Tensor,
+    backend,
+    fit,
+    get_peft_model,
+    measure,
+    nn,
+    ops,
+    optim,
+)
 from minipeft.measure import (
     LlamaShape,
     MemoryReport,
@@ -350,6 +362,35 @@ def test_a_report_is_the_same_on_every_array_library(xp):
         return ops.cross_entropy(model(x), Tensor(backend.move(targets, xp)))
 
     assert between_forward_and_backward(model, loss_of) == estimate_memory(chain(), "full", batch=12)
+
+
+def test_what_a_method_carries_between_steps_counts_as_optimizer_state():
+    """LoRA-Pro's full variant keeps two moments of W's size a layer, and leaves the optimizer nothing to keep."""
+    batches = [(np.ones((4, 20), "float32"), np.arange(4))]
+    found = {}
+    for variant in ("plain", "full"):
+        model = get_peft_model(chain(), LoraProConfig(r=2, variant=variant))
+        optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        before = memory_report(model, optimizer)
+        fit(model, batches, steps=2, optimizer=optimizer, progress=False)
+        found[variant] = memory_report(model, optimizer)
+        assert before.optimizer == 0
+        assert found[variant].weights == before.weights
+    assert found["plain"].optimizer == 2 * found["plain"].trainable_weights
+    assert found["full"].optimizer == 2 * 4 * (30 * 20 + 30 * 30 + 7 * 30)
+    assert memory_report(model).optimizer == found["full"].optimizer  # the method is part of the model
+
+
+def test_adaloras_scores_count_until_the_ranks_are_settled():
+    config = AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=2, deltaT=1, total_step=5)
+    model = get_peft_model(chain(), config)
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    sizes = []
+    watch = lambda progress: sizes.append(memory_report(model, optimizer).optimizer - optimizer.nbytes)  # noqa: E731
+    batches = [(np.ones((4, 20), "float32"), np.arange(4))]
+    fit(model, batches, steps=5, optimizer=optimizer, callbacks=[watch], progress=False)
+    assert sizes[0] > memory_report(model).trainable_weights  # two averages of every factor
+    assert sizes[-1] < 100  # the masks that are left
 
 
 def test_the_report_prints_as_a_table_with_units():

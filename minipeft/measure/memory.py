@@ -13,6 +13,7 @@ import numpy as np
 from ..backend import Array
 from ..nn import Module
 from ..optim import Optimizer
+from ..peft import PeftModel
 from ..tensor import Held, Tensor
 
 
@@ -23,7 +24,7 @@ class MemoryReport:
     Attributes:
         weights: parameters and other arrays of the model, trained or not.
         gradients: `.grad` of the parameters.
-        optimizer: the optimizer's state.
+        optimizer: the optimizer's state, and what the adapters' methods carry from step to step beside it.
         activations: what the forward pass keeps for backward; None where it is not known.
         trainable_weights: the part of `weights` that is trained.
     """
@@ -69,7 +70,8 @@ def memory_report(model: Module, optimizer: Optimizer | None = None) -> MemoryRe
 
     - weights: the arrays in the model's modules: parameters, quantized codes and scales, tables.
     - gradients: `.grad` of its parameters, where there is one.
-    - optimizer: the state arrays (`optimizer.nbytes`), without the two work buffers that all units share.
+    - optimizer: the state arrays (`optimizer.nbytes`), without the two work buffers that all units share; and the
+      arrays that the methods of a PeftModel hold (the moments of LoRA-Pro's full variant, AdaLoRA's scores).
     - activations: arrays that the gradient functions of live graphs captured (`tensor.Held.live`), except the model's
       own. Of all live graphs: drop other losses first. The batch is among them where a trained first layer needs it.
 
@@ -87,10 +89,12 @@ def memory_report(model: Module, optimizer: Optimizer | None = None) -> MemoryRe
     weights = [array for module in model.modules() for array in _arrays(list(vars(module).values()))]
     gradients = [p.grad for p in parameters if p.grad is not None]
     own = weights + gradients
+    methods = model.methods.values() if isinstance(model, PeftModel) else ()
+    carried = [array for method in methods for array in _arrays(list(vars(method).values()))]
     return MemoryReport(
         weights=distinct_bytes(weights),
         gradients=distinct_bytes(gradients),
-        optimizer=0 if optimizer is None else optimizer.nbytes,
+        optimizer=(0 if optimizer is None else optimizer.nbytes) + distinct_bytes(own + carried) - distinct_bytes(own),
         activations=distinct_bytes(own + captured_arrays()) - distinct_bytes(own),
         trainable_weights=distinct_bytes(p.data for p in parameters if p.requires_grad),
     )
