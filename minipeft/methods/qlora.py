@@ -78,17 +78,26 @@ def loftq_init(
 def _best_factors(R: Array, r: int) -> tuple[Array, Array]:
     """U√S (m, r) and √S Vᵀ (r, n) of R's first r singular directions.
 
-    From the eigenvectors of the smaller of R Rᵀ and Rᵀ R, in float64: a quarter of the time of a whole SVD (0.06 s
-    against 0.25 s for 576 × 1536). Squaring costs digits of the small singular values only, which are not asked for.
+    From the eigenvectors of the smaller of R Rᵀ and Rᵀ R, in float64: a seventh of the time of a whole SVD (25 ms
+    against 180 ms for 576 × 1536). Squaring costs digits of the small singular values only, which are not asked for.
     """
     xp, wide = get_namespace(R), R.astype("float64")
     tall = R.shape[0] > R.shape[1]
     wide = wide.T if tall else wide
-    U = xp.linalg.eigh(backend.matmul(wide, wide.T))[1][:, : -r - 1 : -1]  # (m, r), the largest first
+    U = _eigenvectors(backend.matmul(wide, wide.T), r)  # (m, r)
     SVt = backend.matmul(U.T, wide)  # (r, n)
     root = xp.maximum((SVt * SVt).sum(axis=1), np.finfo(np.float64).tiny) ** 0.25  # √S; never 0, to divide by it
     left, right = (U * root).astype(R.dtype), (SVt / root[:, None]).astype(R.dtype)
     return (right.T, left.T) if tall else (left, right)
+
+
+def _eigenvectors(G: Array, r: int) -> Array:
+    """Of a symmetric G, those of the r largest eigenvalues, as columns, the largest first."""
+    if get_namespace(G) is np:
+        from scipy.linalg import eigh  # unlike NumPy's it can leave out those that are not asked for
+
+        return eigh(G, subset_by_index=[len(G) - r, len(G) - 1])[1][:, ::-1]
+    return get_namespace(G).linalg.eigh(G)[1][:, : -r - 1 : -1]
 
 
 @dataclass(frozen=True)
