@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llama_cases import llama
 from twins import Net, batch
 
 from minipeft import LoraConfig, PeftModel, Tensor, backend, fit, get_peft_model, gradcheck, optim
@@ -472,3 +473,25 @@ def test_qdora_trains_on_codes_and_refuses_to_merge_into_them(tmp_path):
     np.testing.assert_array_equal(model(Tensor(x)).data, trained)
     model.save_pretrained(tmp_path)
     np.testing.assert_array_equal(PeftModel.from_pretrained(base(), tmp_path)(Tensor(x)).data, trained)
+
+
+@pytest.mark.parametrize("options", [{}, {"dora_magnitude": "scalar"}, {"dora_norm": "graph"}])
+def test_a_language_model_trains_merges_saves_and_loads(options, tmp_path):
+    ids = np.random.default_rng(0).integers(0, 61, (3, 10))
+    before = llama()(ids).data
+    model = get_peft_model(llama(), LoraConfig(r=2, lora_alpha=4, use_dora=True, **options))
+    np.testing.assert_allclose(model(ids).data, before, atol=1e-12)
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    loss_fn = lambda model, batch: model.loss(batch)  # noqa: E731
+    history = fit(model, [ids], steps=8, optimizer=optimizer, loss_fn=loss_fn, progress=False)
+    assert history.loss[-1] < history.loss[0]
+    expected = model.eval()(ids).data
+    assert np.abs(expected - before).max() > 0.01
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    np.testing.assert_array_equal(loaded(ids).data, expected)
+    np.testing.assert_array_equal(loaded.generate(ids[0, :4], 3), model.generate(ids[0, :4], 3))
+    # 1e-11: logits of about 5, through two blocks and their norms
+    np.testing.assert_allclose(loaded.merge_and_unload()(ids).data, expected, atol=1e-11)
+    with model.disable_adapter():
+        np.testing.assert_array_equal(model(ids).data, before)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llama_cases import BASE as LLAMA
+from llama_cases import llama
 
 from minipeft import (
     LoraConfig,
@@ -37,8 +37,6 @@ from minipeft.methods.lora_ga import (
     weight_gradients,
 )
 from minipeft.models import load_base
-from minipeft.models.llama import Llama
-from minipeft.models.llama_config import from_hugging_face
 from minipeft.optim import SGD, AdamW
 from minipeft.peft import PeftModel
 from minipeft.rank import best_rank_r
@@ -365,14 +363,6 @@ def config(**options):
 def task_batches(dtype=None):
     task = digits.transfer(dtype=dtype)
     return task, digits.batches(*task.train, batch_size=32)
-
-
-def llama(dtype="float64"):
-    model = Llama(from_hugging_face(LLAMA), dtype=dtype)
-    rng = np.random.default_rng(0)
-    for p in model.parameters():
-        p.data = (rng.standard_normal(p.shape) * 0.3 + (p.ndim == 1)).astype(dtype)
-    return model
 
 
 IDS = np.random.default_rng(1).integers(0, 61, (4, 3, 10))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llama_cases import llama
 from scipy.linalg import solve_sylvester
 
 import minipeft
@@ -395,6 +396,23 @@ def test_a_saved_adapter_is_an_ordinary_lora_and_merging_keeps_the_outputs(tmp_p
         np.testing.assert_array_equal(loaded(x).data, expected)
         np.testing.assert_allclose(model.merge_and_unload()(x).data, expected, atol=1e-13)
     assert type(loaded.peft_config["default"]) is LoraConfig
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_language_model_trains_merges_saves_and_loads(variant, tmp_path):
+    ids = np.random.default_rng(0).integers(0, 61, (3, 10))
+    before = llama()(ids).data
+    model = get_peft_model(llama(), LoraProConfig(r=2, lora_alpha=4, variant=variant))
+    optimizer, loss_fn = AdamW(trainable(model), lr=0.01), lambda model, batch: model.loss(batch)
+    history = fit(model, [ids], steps=8, optimizer=optimizer, loss_fn=loss_fn, progress=False)
+    assert history.loss[-1] < history.loss[0]
+    expected = model.eval()(ids).data
+    assert np.abs(expected - before).max() > 0.01
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    np.testing.assert_array_equal(loaded(ids).data, expected)
+    # 1e-11: logits of about 5, through two blocks and their norms
+    np.testing.assert_allclose(loaded.merge_and_unload()(ids).data, expected, atol=1e-11)
 
 
 def test_the_saved_config_is_the_one_that_lora_saves():

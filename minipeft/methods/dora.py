@@ -365,9 +365,13 @@ class DoraLinear(LoraLinear):
             self.weight.data, self.unmerged = self.unmerged, None
         self.merged.clear()
 
+    def projection(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float] | None:
+        """LoRA's, where no magnitude takes part; else None: layers of one x must not be computed as LoRA's are."""
+        return None if any(name in self.lora_magnitude_vector for name in self._active()) else super().projection()
+
     def forward(self, x: Any) -> Tensor:
         """(..., in) -> (..., out)"""
-        active = [] if self.disabled or self.merged else [name for name in self.active if name in self.lora_A]
+        active = self._active()
         if not any(name in self.lora_magnitude_vector for name in active):
             return super().forward(x)
         W, bias, resting = self.base_layer.weight, self.base_layer.bias, self.offset.keys() - set(active)
