@@ -261,7 +261,7 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console, err
     console.print(answers_table(task, before, after))
     console.print(figures_table(task, before, after))
     console.print(f"Saved [bold]{saved}[/] ({saved.stat().st_size / 1e6:,.1f} MB). What next:", soft_wrap=True)
-    for line in next_commands(settings, directory, isinstance(model, PeftModel)):
+    for line in next_commands(model, directory):
         console.print(f"  [bold]{line}[/]", soft_wrap=True)
 
 
@@ -275,14 +275,14 @@ def save(model: Module, directory: Path, tokenizer: Any) -> Path:
     return save_model(model, directory, tokenizer) / "model.safetensors"
 
 
-def next_commands(settings: Settings, directory: Path, is_adapter: bool) -> list[str]:
-    """How to talk with what was trained, and how to merge it."""
-    if not is_adapter:
+def next_commands(model: Module, directory: Path) -> list[str]:
+    """How to talk with what was trained, and how to merge it where weights can take it over."""
+    if not isinstance(model, PeftModel):
         return [f"minipeft chat --model {directory}"]
-    return [
-        f"minipeft chat --adapter {directory}",
-        f"minipeft merge --adapter {directory} --out {directory}-merged",
-    ]
+    chatting = f"minipeft chat --adapter {directory}"
+    if any(layer.unmergeable for _, layer in model.adapter_layers()):
+        return [chatting]
+    return [chatting, f"minipeft merge --adapter {directory} --out {directory}-merged"]
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ def merge(
 ) -> None:
     """Add an adapter's update to the weights and write the whole model, with its tokenizer, for transformers too."""
     from . import save_model
+    from .quant.model import dequantize_model
 
     check_writable(directory, "--out", directory=True)
     if (directory / "adapter_config.json").exists():  # transformers would put the adapter on once more
@@ -105,7 +106,7 @@ def merge(
     with user_errors():
         network, tokenizer = _load(model, adapter)
         with err.status("merging …") if err.is_terminal else nullcontext():
-            save_model(network.merge_and_unload(), directory, tokenizer)
+            save_model(dequantize_model(network).merge_and_unload(), directory, tokenizer)
     size = (directory / "model.safetensors").stat().st_size
     out.print(f"saved [bold]{directory}[/] ({size / 1e6:,.0f} MB); it needs no adapter:", soft_wrap=True)
     out.print(f"  [bold]minipeft chat --model {directory}[/]", soft_wrap=True)
@@ -155,21 +156,31 @@ def _ask() -> str | None:
             return text
 
 
-def _model_of(adapter: Path | None) -> str:
-    """The model that `minipeft train` made an adapter for; smollm2 where that is not written beside it."""
+def _run_of(adapter: Path | None) -> dict[str, Any]:
+    """What `minipeft train` wrote beside an adapter; nothing where it came from elsewhere."""
     from .adapt import RUN
 
-    if adapter is None or not (adapter / RUN).is_file():
-        return "smollm2"
-    model = read_json(adapter / RUN).get("model")
+    return read_json(adapter / RUN) if adapter is not None and (adapter / RUN).is_file() else {}
+
+
+def _model_of(adapter: Path | None) -> str:
+    """The model that an adapter was trained on; smollm2 where that is not written beside it."""
+    model = _run_of(adapter).get("model")
     return model if isinstance(model, str) else "smollm2"
 
 
 def _load(model: str | None, adapter: Path | None) -> tuple[Any, Any]:
+    """Model and tokenizer. An adapter that was trained beside codes is put on the same codes."""
     from . import PeftModel, load_model, load_tokenizer
+    from .quant.linear import QuantizedLinear
+    from .quant.model import quantize_model
+    from .recipes import METHODS
 
     model = model or _model_of(adapter)
     network = load_model(model)
+    recipe = METHODS.get(str(_run_of(adapter).get("method")))
+    if recipe and recipe.quantize and not any(isinstance(module, QuantizedLinear) for module in network.modules()):
+        quantize_model(network, recipe.quantize)
     return (PeftModel.from_pretrained(network, adapter) if adapter else network), load_tokenizer(model)
 
 

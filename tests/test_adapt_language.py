@@ -16,7 +16,7 @@ pytest.importorskip("gguf")
 
 from test_tokenizer import write_gguf
 
-from minipeft import PeftModel, adapt_language, cli, load_model, load_tokenizer, save_model
+from minipeft import PeftModel, adapt_language, cli, cli_language, load_model, load_tokenizer, save_model
 from minipeft.adapt_language import Settings, ask, held_out_loss, load_task, perplexity
 from minipeft.data import chat, self_cognition
 from minipeft.models.download import smollm2_file
@@ -135,9 +135,19 @@ def test_whole_weights_are_saved_as_a_model_of_their_own(tiny, chats):
 
 
 @pytest.mark.parametrize("method", adapt_language.METHODS)
-def test_every_method_trains_a_language_model(tiny, chats, method):
-    result = run("train", "--model", tiny, "--data", chats, "--method", method, "--steps", 2, "--batch-size", 2)
+def test_what_chat_and_merge_load_is_the_model_whose_loss_was_shown(tiny, chats, method):
+    options = ("--method", method, "--steps", 6, "--batch-size", 2, "--lr", 0.01)
+    result = run("train", "--model", tiny, "--data", chats, *options, "--out", "here")
     assert result.exit_code == 0, result.output
+    shown = float(re.search(r"conversations \(1\) +│ +[\d.]+ │ +([\d.]+)", result.output)[1])
+    tokenizer = load_tokenizer(tiny)
+    test = chat.encode(load_task(Settings(tiny, str(chats))).test, tokenizer)
+    loaded, _ = cli_language._load(*("here", None) if method == "full" else (None, Path("here")))
+    assert held_out_loss(loaded, test) == pytest.approx(shown, abs=1e-3)
+    if "minipeft merge" in result.output:
+        merged = run("merge", "--adapter", "here", "--out", "merged")
+        assert merged.exit_code == 0, merged.output
+        assert held_out_loss(load_model("merged"), test) == pytest.approx(shown, abs=1e-3)
 
 
 def tensors(folder: str) -> bytes:
