@@ -93,11 +93,12 @@ METHODS = {
     "lora": Recipe(_lora, 5e-3),  # 5, 10, 20 ·1e-3
     "rslora": Recipe(lambda c: _lora(c, use_rslora=True), 5e-3),
     "qlora": Recipe(_lora, 5e-3, quantize="nf4"),  # 1, 2, 5, 10, 20 ·1e-3
-    "dora": Recipe(lambda c: _lora(c, use_dora=True), 5e-3),
+    "dora": Recipe(lambda c: _lora(c, use_dora=True), 1e-2),  # 2, 5, 10, 20 ·1e-3
     "qdora": Recipe(lambda c: _lora(c, use_dora=True), 1e-2, quantize="nf4"),  # 5, 10, 20 ·1e-3
     "adalora": Recipe(_adalora, 2e-2),  # 1, 2, 5 ·1e-2
     "lora-ga": Recipe(_lora_ga, 5e-3),  # 2, 5, 10, 20 ·1e-3
     "lora-pro": Recipe(_lora_pro, 5e-3),  # 1, 2, 5, 10, 20 ·1e-3
+    "lora-pro-full": Recipe(lambda c: _lora_pro(c, variant="full"), 5e-3),  # 1, 2, 5, 10, 20 ·1e-3
     "full-then-lora": Recipe(_full_then_lora, 5e-3, 1e-4),  # 1, 3, 5, 10 ·1e-3
     "adapter": Recipe(_adapter, 2e-2, options=("r", "targets")),  # 5, 10, 20, 40 ·1e-3
     "p-tuning": Recipe(  # r virtual tokens; 0.5, 1, 2, 5, 10, 20 ·1e-3

@@ -419,9 +419,10 @@ def test_the_saved_config_is_the_one_that_lora_saves():
     assert LoraProConfig(r=2, variant="full", X="zero").to_dict() == LoraConfig(r=2).to_dict()
 
 
-def test_minipeft_train_knows_the_method():
+def test_minipeft_train_knows_both_variants():
     config = METHODS["lora-pro"].config(Choice(4, 8.0))
     assert config == LoraProConfig(r=4, lora_alpha=8.0)
+    assert METHODS["lora-pro-full"].config(Choice(4, 8.0)) == LoraProConfig(r=4, lora_alpha=8.0, variant="full")
 
 
 def test_only_the_active_adapters_gradients_change():
