@@ -105,9 +105,10 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console) -> 
         (directory / CHECKPOINT).unlink(missing_ok=True)
     files.write_json(directory / RUN, asdict(settings))
     trains = sum(p.size for p in trainable)
+    share = f"{trains / size:.1%}" if trains <= size else "the weights, then the factors"
     console.print(
         f"[bold]{settings.model}[/] ({size:,} parameters) learns {task.name} digits in {settings.steps} steps; "
-        f"[bold]{settings.method}[/] trains {trains:,} parameters ({trains / size:.1%})."
+        f"[bold]{settings.method}[/] trains {trains:,} parameters ({share})."
     )
     with np.errstate(over="ignore", invalid="ignore"):  # a loss that is not finite stops the run with better words
         history = fit(
@@ -115,6 +116,8 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console) -> 
         )
     saved = _save(model.eval(), directory)
     console.print(_accuracy_table(task, model, before))
+    if isinstance(model, PeftModel) and (report := model.method.report()):
+        console.print(f"{report}.", soft_wrap=True)
     console.print(
         f"Loss {history.loss[0]:.3f} → {history.loss[-1]:.3f} in {history.seconds:.1f} s; "
         f"saved [bold]{saved}[/] ({saved.stat().st_size / 1000:,.0f} kB).",

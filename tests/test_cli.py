@@ -152,6 +152,11 @@ def test_every_method_trains_every_model(empty_directory: Path, model: str, meth
     assert f"runs/{model}-{method}/{tensors}.safetensors" in files_below(empty_directory)
 
 
+def test_both_phases_of_full_then_lora_are_shown_with_their_bytes():
+    output = " ".join(minipeft_command(*QUICK, "--method", "full-then-lora").output.split())
+    assert re.search(r"4 steps of full training: 99 kB of weights trained, .*; 16 steps of LoRA: 14 kB of", output)
+
+
 def test_options_reach_the_adapter():
     minipeft_command(*QUICK, "--r", "3", "--alpha", "5", "--targets", "fc2", "--method", "rslora", "--out", "here")
     config = json.loads(Path("here/adapter_config.json").read_text())

@@ -198,6 +198,8 @@ def test_both_phases_are_recorded_with_their_bytes():
         assert phase.weights == phase.gradients == report.trainable_weights == report.gradients
         assert phase.optimizer == report.optimizer == 2 * phase.weights
     assert lora.weights < full.weights / 2
+    assert "3 steps of full training: " in model.method.report()
+    assert "; 7 steps of LoRA: 1 kB of weights trained, 1 kB of gradients, 2 kB of" in model.method.report()
 
 
 def test_a_second_run_of_a_model_that_has_switched_is_lora(tmp_path):

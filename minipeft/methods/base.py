@@ -82,6 +82,10 @@ class Method:
         """The config and tensors that `save_pretrained` writes, from those that the adapter has."""
         return config, values
 
+    def report(self) -> str:
+        """What its run was like, in a sentence for people; empty where there is nothing to say."""
+        return ""
+
     def state_dict(self) -> dict[str, Array]:
         """What the method carries from step to step, by name; `fit` keeps it in its checkpoints."""
         return {}

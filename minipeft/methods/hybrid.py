@@ -186,8 +186,8 @@ class FullThenLora(Lora):
         lost = sum(id(p) not in known for p in needed)
         if lost:
             raise ValueError(
-                f"optimizer: {lost} of the {len(needed)} parameters that train in one of the phases are not in it; make "
-                "it after get_peft_model, from model.parameters()"
+                f"optimizer: {lost} of the {len(needed)} parameters that train in one of the phases are not in it; "
+                "make it after get_peft_model, from model.parameters()"
             )
         self.full_steps = full_steps(self.config.fraction, total)
         self._model, self._optimizer = weakref.ref(model), weakref.ref(optimizer)
@@ -223,6 +223,16 @@ class FullThenLora(Lora):
             max(before.weights, sum(p.data.nbytes for p in parameters)),
             max(before.gradients, sum(p.grad.nbytes for p in parameters if p.grad is not None)),
             max(before.optimizer, optimizer.nbytes),
+        )
+
+    def report(self) -> str:
+        """The phases that there were, with their steps and bytes."""
+        names = {"full": "full training", "lora": "LoRA"}
+        return "; ".join(
+            f"{phase.steps} steps of {names[name]}: {phase.weights / 1000:,.0f} kB of weights trained, "
+            f"{phase.gradients / 1000:,.0f} kB of gradients, {phase.optimizer / 1000:,.0f} kB of optimizer state"
+            for name, phase in self.record.items()
+            if phase.steps
         )
 
     # saving
