@@ -38,13 +38,19 @@ def read_adapter(path: str | os.PathLike) -> tuple[Any, dict[str, Array]]:
 
     Raises:
         FileNotFoundError: no adapter_config.json or adapter_model.safetensors there.
-        ValueError: not an adapter, one of a kind that is not here, or pickled weights, which can run code.
+        ValueError: not an adapter, one of a kind that is not here or whose base is lost (PEFT's LoftQ), or pickled
+            weights, which can run code.
     """
     directory = Path(path)
     data = files.read_json(directory / "adapter_config.json")
     kind = data.get("peft_type")
     if not isinstance(kind, str) or kind not in CONFIGS:
         raise ValueError(f"{directory}: peft_type is {kind!r}; accepted are {', '.join(map(repr, CONFIGS))}")
+    if data.get("init_lora_weights") == "loftq":
+        raise ValueError(
+            f"{directory}: init_lora_weights is 'loftq': the adapter belongs to codes that PEFT made and did not save; "
+            "save the base with them there, set init_lora_weights=True before saving the adapter, and load both"
+        )
     if not (directory / "adapter_model.safetensors").exists() and (directory / "adapter_model.bin").exists():
         raise ValueError(f"{directory}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
     values, _ = files.read_tensors(directory / "adapter_model.safetensors")

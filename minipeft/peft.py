@@ -290,11 +290,13 @@ class PeftModel(Module):
         The PeftModel is used up.
 
         Raises:
-            ValueError: a name does not exist, or other adapters are merged already.
+            ValueError: a name does not exist, other adapters are merged already, or it has been unloaded before.
         """
         merged = self.merged_adapters
         if not merged or (adapter_names is not None and set(adapter_names) != set(merged)):
             self.merge_adapter(adapter_names)
+        if not self.merged_adapters:
+            raise ValueError("merge_and_unload: no adapters are left; this PeftModel has been unloaded already")
         self.set_adapter(self.merged_adapters)  # their modules_to_save go into the model
         return self._unload()
 

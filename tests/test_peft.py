@@ -939,6 +939,7 @@ BAD_ADAPTERS = [
     (lambda d: edit_config(d, layers_to_transform=[1]), ValueError, r"layers_to_transform=\[1\] is not supported"),
     (lambda d: edit_config(d, fan_in_fan_out=True), ValueError, "fan_in_fan_out=True is not supported"),
     (lambda d: edit_config(d, init_lora_weights="corda"), ValueError, "init_lora_weights: got 'corda'"),
+    (lambda d: edit_config(d, init_lora_weights="loftq"), ValueError, "belongs to codes that PEFT made and did not"),
     (lambda d: edit_config(d, r="2"), ValueError, "r: got '2'"),
     (lambda d: edit_config(d, r=600), ValueError, "r of 'fc': got 600"),
     (lambda d: edit_config(d, lora_alpha=None), ValueError, "lora_alpha: got None"),

@@ -259,6 +259,29 @@ def test_merging_codes_without_a_way_names_the_ways(call):
     np.testing.assert_array_equal(model(x).data, before)
 
 
+def test_unloading_a_merge_twice_is_refused():
+    model = get_peft_model(load_base("mlp"), LoraConfig(r=2))
+    model.merge_and_unload()
+    with pytest.raises(ValueError, match=r"^merge_and_unload: no adapters are left; .* unloaded already"):
+        model.merge_and_unload()
+
+
+def test_quantizing_twice_says_that_there_are_codes_already():
+    model = quant.quantize_model(load_base("mlp"))
+    with pytest.raises(ValueError, match=r"^model: it has no Linear .*; its other Linears hold codes already"):
+        quant.quantize_model(model)
+
+
+def test_finishing_works_on_every_array_library(xp):
+    model, x = adapted("mlp")
+    expected = model(x).data
+    model = model.to(xp)
+    finished, report = finish_qlora(model, "requantize", inputs=xp.asarray(x))
+    y = finished(xp.asarray(x)).data
+    assert get_namespace(y) is xp
+    np.testing.assert_allclose(report.max_error, error_of(to_numpy(y), expected)[0], rtol=1e-3)
+
+
 def test_a_merge_that_fails_changes_nothing():
     model, x = adapted("mlp")
     factor = dict(model.adapter_layers())["fc2"].lora_B["default"].weight

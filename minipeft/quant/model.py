@@ -42,7 +42,9 @@ def quantize_model(
         for name in found:
             del linears[name]
     if not linears:
-        raise ValueError("model: it has no Linear to quantize besides its output heads")
+        coded_already = any(isinstance(module, QuantizedLinear) for module in model.modules())
+        why = "; its other Linears hold codes already" if coded_already else ""
+        raise ValueError(f"model: it has no Linear to quantize besides its output heads{why}")
     code = code_of(quant)
     layers = {
         name: coded_layer(coded(linear.weight.data, code, blocksize, double_quant), linear.bias)
