@@ -208,6 +208,8 @@ def inline(svg: str, prefix: str, attributes: str, title: str) -> str:
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg, count=1)
     svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
     svg = re.sub("#[0-9a-f]{6}", lambda m: f"var(--{COLOURS[m[0]]})" if m[0] in COLOURS else m[0], svg)
+    svg = re.sub(r' (?:d|x|y|points)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), svg)  # 0.01 of a point
+    svg = re.sub(r"\s*\n\s*", "\n", svg)
     svg = re.sub(r"font: ([^;\"]*?)((?:[\d.]+px) )[^;\"]*", r"font: \1\2var(--sans)", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", svg)
     head = f'<svg {attributes} role="img" aria-label="{html.escape(title, quote=True)}" '

@@ -255,3 +255,58 @@ def movement() -> Figure:
         "claim lora.early-movement: ViT on rotated digits, AdamW, constant learning rate 0.003",
         "结论 lora.early-movement：ViT，旋转的手写数字，AdamW，固定学习率 0.003",
     )
+
+
+def efficiency() -> Figure:
+    """Parameters that train and products that are computed, each as a share of full training's, by method."""
+    found = figures("lora.not-train-efficient")
+    names = {"full": t("full", "全量微调"), "lora": "LoRA", "p-tuning": "P-Tuning", "adapter": "Adapter"}
+    figure, axes = panels(1, size=(9.5, 4.6))
+    y = np.arange(len(names))
+    kinds = (
+        ("parameters", t("parameters that train", "可训练参数"), GREEN, ".."),
+        ("flops", t("products in a step", "一步的乘法次数"), BLUE, None),
+    )
+    for offset, (key, name, colour, hatch) in zip((-0.19, 0.19), kinds, strict=True):
+        shares = [100 * found[method][key] for method in names]
+        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "lw": 0}
+        bars = axes.barh(y + offset, shares, 0.36, label=name, **style)
+        axes.bar_label(bars, [f"{share:.3g}" for share in shares], padding=5, fontsize=13)
+    axes.axvline(200 / 3, color=GREY, ls=":", lw=2)
+    axes.set(yticks=y, yticklabels=list(names.values()), xlim=(0, 115))
+    axes.set_xlabel(t("% of full training (dotted: 2/3)", "占全量训练的百分比（点线：2/3）"))
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside upper center", ncols=2)
+    return source(
+        figure,
+        "claim lora.not-train-efficient: a Llama of 4 blocks, width 192; forward and backward, counted as executed",
+        "结论 lora.not-train-efficient：4 层、宽 192 的 Llama；前向与反向，按实际执行计数",
+    )
+
+
+def hybrid() -> Figure:
+    """Full training for a share of the steps, then LoRA: the loss with its spread, and what it costs."""
+    found = figures("lora.hybrid")
+    shares = list(found)
+    x = np.arange(len(shares))
+    figure, (loss, cost) = panels(2)
+    means, spreads = ([found[share][key] for share in shares] for key in ("loss", "loss_spread"))
+    loss.errorbar(x, means, spreads, fmt="o", color=BLUE, ms=11, capsize=6, lw=2.5)
+    loss.set(ylabel=t("loss, last tenth of the steps", "损失（最后十分之一的步）"), ylim=(0, None))
+    styles = {
+        "flops": (t("products", "乘法次数"), BLUE, "o-"),
+        "mean_bytes": (t("bytes, on average", "字节（平均）"), GREEN, "s--"),
+        "peak_bytes": (t("bytes, at the peak", "字节（峰值）"), VERMILION, "^:"),
+    }
+    for key, (name, colour, line) in styles.items():
+        cost.plot(x, [found[share][key] for share in shares], line, color=colour, label=name)
+    cost.set(ylabel=t("÷ full training", "÷ 全量训练"), ylim=(0, 1.05))
+    cost.legend(loc="lower right")
+    for ax in (loss, cost):
+        ax.set(xticks=x, xticklabels=shares, xlabel=t("steps of full training first", "先做全量训练的步数占比"))
+    return source(
+        figure,
+        "claim lora.hybrid: MLP on rotated digits, r = 8; mean and standard deviation over seeds",
+        "结论 lora.hybrid：MLP，旋转的手写数字，r = 8；对种子取平均与标准差",
+    )
