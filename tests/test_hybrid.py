@@ -1,5 +1,6 @@
 """Full training, then LoRA: two phases, one optimizer, the same bits after every stop."""
 
+import copy
 import json
 
 import numpy as np
@@ -398,6 +399,23 @@ def test_an_optimizer_that_lacks_a_phase_is_refused_before_anything_is_changed()
 def test_a_schedule_shorter_than_the_run_is_refused():
     with pytest.raises(ValueError, match=r"steps: got 10, more than total_step = 5"):
         run(hybrid(total_step=5))
+
+
+def test_a_step_before_the_start_is_refused():
+    model = hybrid()
+    with pytest.raises(ValueError, match=r"after_step: needs start\(model, optimizer\) first"):
+        model.method.after_step(model, 0)
+
+
+def test_a_copy_of_a_model_between_its_phases_goes_on_by_itself():
+    model = hybrid(total_step=STEPS)
+    run(model, 2)
+    other = copy.deepcopy(model)
+    before = arrays(model)
+    run(other, STEPS, optimizer=optim.AdamW(other.parameters()))
+    assert other.method.phase == "lora"
+    assert model.method.phase == "full"
+    assert_same_bits(arrays(model), before)
 
 
 def test_state_of_another_method_is_refused():

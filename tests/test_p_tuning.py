@@ -1,5 +1,6 @@
 """P-Tuning: the LSTM, the prompt encoder, virtual tokens in a language model and in a vision transformer, files."""
 
+import copy
 import json
 
 import numpy as np
@@ -278,6 +279,17 @@ def test_several_prompts_are_chosen_put_together_switched_off_and_deleted():
     model.delete_adapter("second")
     np.testing.assert_array_equal(model(ids).data, first)
     np.testing.assert_array_equal(model.unload()(ids).data, base)
+
+
+def test_a_copy_has_tokens_of_its_own():
+    ids, _, _ = llama_batch("none")
+    model = prompted()
+    other = copy.deepcopy(model)
+    expected = model(ids).data
+    for p in other.adapter_state().values():
+        p.data = 2 * p.data
+    np.testing.assert_array_equal(model(ids).data, expected)
+    assert (other(ids).data != expected).any()
 
 
 def test_lora_stands_beside_it():

@@ -197,6 +197,8 @@ class FullThenLora(Lora):
     def after_step(self, model: Module, step: int) -> None:
         """Note the bytes; after step T₁ − 1 change over."""
         optimizer = self._optimizer()
+        if optimizer is None or self.full_steps is None:
+            raise ValueError("after_step: needs start(model, optimizer) first; `fit` calls it")
         self._note(model, optimizer)
         if self.phase == "full" and step + 1 >= self.full_steps:
             self._enter("lora", model)

@@ -368,7 +368,8 @@ class PTuning(Method):
 
     def prepare(self, model: Module, batches: Iterable[Any] | None, loss_fn: Any) -> None:
         """Note the library and dtype of the model's numbers."""
-        self.like = next(p.data for p in model.parameters())
+        weight = next(model.parameters()).data
+        self.like = get_namespace(weight).empty(0, dtype=weight.dtype)
 
     def wrap(self, name: str, place: Module) -> PromptLayer:
         """The layer with new virtual tokens; a PromptLayer gets more."""
