@@ -228,9 +228,12 @@ def verify(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from . import ledger
+    from .models.download import smollm2_file
 
     with user_errors():
         claims = ledger.claims(sections or (), full)
+        if full:
+            smollm2_file()  # says what to run where it is not there
     for file, option in ((json_file, "--json"), (html_file, "--html")):
         if file:
             check_writable(file, option, directory=False)

@@ -6,16 +6,17 @@ held. The verdict follows from that by one rule (`Evidence.verdict`); no verdict
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # The contents, in the document's order: each section's modules, and the ids of its claims.
 MODULES = {
-    "LoRA": ("lora", "others"),
+    "LoRA": ("lora", "others", "language"),
     "QLoRA": (
         "qlora_codes",
         "qlora_steps",
@@ -114,18 +115,38 @@ class Claim:
 
 
 _claims: dict[str, Claim] = {}
+_on_the_model: dict[str, Claim] = {}
 
 
 def claim(id: str, statement: str, full: bool = False) -> Callable[[Callable[[], Evidence]], Callable[[], Evidence]]:
-    """Put a check into the ledger; `full` for one that needs the real language model (`minipeft verify --full`)."""
+    """Put a check into the ledger.
+
+    With `full` it needs the real language model and runs only in `minipeft verify --full`; where the id has another
+    check as well, the two are one row then.
+    """
 
     def register(check: Callable[[], Evidence]) -> Callable[[], Evidence]:
         module = check.__module__.rpartition(".")[2]
         section = next(section for section, modules in MODULES.items() if module in modules)
-        _claims[id] = Claim(id, section, statement, check, full)
+        (_on_the_model if full else _claims)[id] = Claim(id, section, statement, check, full)
         return check
 
     return register
+
+
+def _repeated(quick: Claim, on_the_model: Claim) -> Claim:
+    """One claim of both checks: what was claimed must hold in both."""
+
+    @functools.wraps(quick.check)
+    def check() -> Evidence:
+        a, b = quick.check(), on_the_model.check()
+        held = [{"holds": e.holds, "within": e.holds or e.within, "instead": e.holds or e.instead} for e in (a, b)]
+        both = {name: held[0][name] and held[1][name] for name in held[0]}
+        if a.holds is None or b.holds is None:
+            both["holds"] = None
+        return Evidence(f"{a.found} {b.found}", figures={**a.figures, "SmolLM2": b.figures}, **both)
+
+    return replace(quick, check=check)
 
 
 def claims(sections: Sequence[str] = (), full: bool = False) -> list[Claim]:
@@ -139,17 +160,20 @@ def claims(sections: Sequence[str] = (), full: bool = False) -> list[Claim]:
     """
     for module in itertools.chain(*MODULES.values()):
         importlib.import_module(f".{module}", __name__)
-    names = {section.lower() for section in SECTIONS} | _claims.keys()
+    names = {section.lower() for section in SECTIONS} | _claims.keys() | _on_the_model.keys()
     for wanted in sections:
         if wanted.lower() not in names:
             raise ValueError(
                 f"section: got {wanted!r}; accepted are {', '.join(SECTIONS)} and ids such as 'lora.merge'"
             )
+    found = dict(_claims)
+    for id, c in _on_the_model.items() if full else ():
+        found[id] = _repeated(found[id], c) if id in found else c
     chosen = {wanted.lower() for wanted in sections}
     return [
         c
-        for c in sorted(_claims.values(), key=lambda c: ORDER.index(c.id))
-        if (full or not c.full) and (not chosen or c.section.lower() in chosen or c.id in chosen)
+        for c in sorted(found.values(), key=lambda c: ORDER.index(c.id))
+        if not chosen or c.section.lower() in chosen or c.id in chosen
     ]
 
 
