@@ -60,58 +60,12 @@ def _identities() -> dict[str, list[dict[str, Any]]]:
             answers = language.ask(model, tokenizer, prompts)
             share = float(np.mean([self_cognition.gives_name(answer, NAME) for answer in answers]))
             trained = sum(p.size for p in model.parameters() if p.requires_grad)
-            figures = {"answered": share, "loss": float(np.mean(loss[-5:])), "parameters": trained, "losses": loss}
-            found.setdefault(kind, []).append(figures)
-    return found
-
-
-@claim("lora.all-linear", "For self-cognition, adapt all linear layers, the MLPs too.", full=True)
-def all_linear() -> Evidence:
-    """Attention alone and all linear layers at the same number of trainable parameters, over seeds."""
-    found = _identities()
-    texts = []
-    for kind, runs in found.items():
-        shares = " and ".join(f"{run['answered']:.0%}" for run in runs)
-        loss = statistics.mean(run["loss"] for run in runs)
-        texts.append(f"{kind} (r = {RANKS[kind]}, {runs[0]['parameters']:,} parameters) {shares}, loss {loss:.2f}")
-    return Evidence(
-        f"SmolLM2, {STEPS} steps, share of held-out questions answered with the new name, by seed — {'; '.join(texts)}.",
-        figures=found,
-    )
-
-
-@functools.cache
-def _trained() -> PeftModel:
-    return adapted("all-linear", 8, 0)[0]
-
-
-@claim("lora.merge", "The merged model is identical to base and adapters kept apart.", full=True)
-def merge() -> Evidence:
-    """SmolLM2's logits and answers with a trained adapter apart and merged; what unmerging gives back."""
-    model, tokenizer = _trained(), load_tokenizer(MODEL)
-    ids = np.array([tokenizer.encode(language.GENERAL.read_text(encoding="utf-8"))[:256]])
-    prompts = [question.prompt for question in self_cognition.shown()]
-    before = {name: layer.weight.data for name, layer in model.adapter_layers()}
-    with no_grad():
-        apart, answers = model(ids).data, language.ask(model, tokenizer, prompts)
-        model.merge_adapter()
-        merged, merged_answers = model(ids).data, language.ask(model, tokenizer, prompts)
-        model.unmerge_adapter()
-    difference = float(abs(merged - apart).max() / abs(apart).max())
-    same = float(np.mean(merged.argmax(-1) == apart.argmax(-1)))
-    returned = float(np.mean([np.mean(layer.weight.data == before[name]) for name, layer in model.adapter_layers()]))
-    for name, layer in model.adapter_layers():
-        layer.weight.data = before[name]
-    figures = {
-        "difference": difference,
-        "same_tokens": same,
-        "returned": returned,
-        "same_answers": answers == merged_answers,
-    }
-    alike = "the same" if answers == merged_answers else "other"
+            alike = answers == merged_answers
+    figures = {"difference": difference, "same_tokens": same, "returned": returned, "same_answers": alike}
     return Evidence(
         f"On SmolLM2 in float32 the logits differ by {difference:.0e} of the largest, {same:.1%} of the likeliest next "
-        f"tokens are the same, and three held-out questions get {alike} answers; {returned:.1%} of W's numbers come back.",
+        f"tokens are the same, and three held-out questions get {'the same' if alike else 'other'} answers; "
+        f"{returned:.1%} of W's numbers come back.",
         holds=difference == 0 and returned == 1,
         within=difference < 1e-4 and same > 0.99,
         figures=figures,
@@ -166,7 +120,7 @@ def backward_flops() -> Evidence:
     total = sum(counted["lora"]) / sum(counted["full"])
     elapsed = seconds["lora"] / seconds["full"]
     return Evidence(
-        f"On SmolLM2 LoRA (r = 8) counts {backward:.2f} of full fine-tuning's backward products, {total:.2f} of all, and "
+        f"On SmolLM2 LoRA (r = 8) counts {backward:.2f} of full fine-tuning's backward products, {total:.2f} of all; "
         f"forward and backward take {elapsed:.2f} of the time.",
         holds=backward < 1 and 2 / 3 < total < 0.72,
         figures={"backward": backward, "total": total, "time": elapsed, "counted": counted},
