@@ -60,7 +60,49 @@ def _identities() -> dict[str, list[dict[str, Any]]]:
             answers = language.ask(model, tokenizer, prompts)
             share = float(np.mean([self_cognition.gives_name(answer, NAME) for answer in answers]))
             trained = sum(p.size for p in model.parameters() if p.requires_grad)
-            alike = answers == merged_answers
+            figures = {"answered": share, "loss": float(np.mean(loss[-5:])), "parameters": trained, "losses": loss}
+            found.setdefault(kind, []).append(figures)
+    return found
+
+
+@claim("lora.all-linear", "For self-cognition, adapt all linear layers, the MLPs too.", full=True)
+def all_linear() -> Evidence:
+    """Attention alone and all linear layers at the same number of trainable parameters, over seeds."""
+    found = _identities()
+    texts = []
+    for kind, runs in found.items():
+        shares = " and ".join(f"{run['answered']:.0%}" for run in runs)
+        loss = statistics.mean(run["loss"] for run in runs)
+        texts.append(f"{kind} (r = {RANKS[kind]}, {runs[0]['parameters']:,} parameters) {shares}, loss {loss:.2f}")
+    return Evidence(
+        f"SmolLM2, {STEPS} steps, held-out questions answered with the new name, by seed — {'; '.join(texts)}.",
+        figures=found,
+    )
+
+
+@functools.cache
+def _trained() -> PeftModel:
+    return adapted("all-linear", 8, 0)[0]
+
+
+@claim("lora.merge", "The merged model is identical to base and adapters kept apart.", full=True)
+def merge() -> Evidence:
+    """SmolLM2's logits and answers with a trained adapter apart and merged; what unmerging gives back."""
+    model, tokenizer = _trained(), load_tokenizer(MODEL)
+    ids = np.array([tokenizer.encode(language.GENERAL.read_text(encoding="utf-8"))[:256]])
+    prompts = [question.prompt for question in self_cognition.shown()]
+    before = {name: layer.weight.data for name, layer in model.adapter_layers()}
+    with no_grad():
+        apart, answers = model(ids).data, language.ask(model, tokenizer, prompts)
+        model.merge_adapter()
+        merged, merged_answers = model(ids).data, language.ask(model, tokenizer, prompts)
+        model.unmerge_adapter()
+    difference = float(abs(merged - apart).max() / abs(apart).max())
+    same = float(np.mean(merged.argmax(-1) == apart.argmax(-1)))
+    returned = float(np.mean([np.mean(layer.weight.data == before[name]) for name, layer in model.adapter_layers()]))
+    for name, layer in model.adapter_layers():
+        layer.weight.data = before[name]
+    alike = answers == merged_answers
     figures = {"difference": difference, "same_tokens": same, "returned": returned, "same_answers": alike}
     return Evidence(
         f"On SmolLM2 in float32 the logits differ by {difference:.0e} of the largest, {same:.1%} of the likeliest next "
