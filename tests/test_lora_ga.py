@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import twins
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cases import llama
@@ -210,6 +211,22 @@ def test_other_formulas_say_what_they_do_not_take():
         gradient_alignment(gaussian(6, 8), gaussian(2, 6), gaussian(8, 2), 1.0)
     with pytest.raises(ValueError, match=r"^r: got 4"):
         alignment_bound(gaussian(6, 8), 4)
+
+
+@pytest.mark.parametrize("scale", [scale for scale in SCALES if scale != "paper"])
+@pytest.mark.parametrize("direction", ["ArBr", "A2rBr", "ArB2r"])
+def test_start_values_are_those_that_peft_gave(direction, scale):
+    """Kept by twins.lora_ga_reference. 1e-4: PEFT's SVD is a randomized one in float32; a pair's sign is free."""
+    G, W = twins.lora_ga_problem()
+    options = twins.LORA_GA
+    found = lora_ga_init(
+        G, options["r"], scaling=options["scaling"], gamma=options["gamma"], direction=direction, scale=scale, W=W
+    )
+    with np.load(twins.LORA_GA_REFERENCE, allow_pickle=False) as kept:
+        A, B = (kept[f"{direction}.{scale}.{name}"] for name in "AB")
+    for rows, expected in ((found[0], A), (found[1].T, B.T)):
+        for row, other in zip(rows, expected, strict=True):
+            np.testing.assert_allclose(row * np.sign(row @ other), other, rtol=0, atol=1e-4 * np.linalg.norm(other))
 
 
 # --- gradients, a few layers at a time --------------------------------------------------------------------------------
