@@ -341,4 +341,4 @@ def doctor() -> None:
     show(found, out)
 
 
-from . import cli_language  # noqa: E402, F401 - its commands need the app
+from . import cli_compare, cli_language  # noqa: E402, F401 - their commands need the app
