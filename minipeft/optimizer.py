@@ -144,14 +144,22 @@ class Optimizer:
         """Units for the parameters that have a gradient now, with the state they had."""
         self._resting |= self._collect(self._units[i])
         self._units[i] = [Unit(segments, self._buffers(segments[0][0])) for segments in self._segments(active)]
-        for unit in self._units[i]:
+        try:
+            self._fill(self._units[i])
+        except BaseException:  # no room: the state rests, whole, until there is
+            self._units[i], self._laid_out[i] = [], []
+            raise
+        for p in active:
+            self._resting.pop(p, None)
+        self._laid_out[i] = [id(p) for p in active]
+
+    def _fill(self, units: list[Unit]) -> None:
+        """Give new units the state that their parameters had."""
+        for unit in units:
             for (p, part), place in zip(unit.segments, unit.places, strict=True):
                 unit.step, arrays = self._resting.get(p, (0, {}))
                 for name, array in arrays.items():
                     self.state(unit, name)[place] = array.reshape(-1) if part is None else array.reshape(-1)[part]
-        for p in active:
-            self._resting.pop(p, None)
-        self._laid_out[i] = [id(p) for p in active]
 
     def _segments(self, active: list[Tensor]) -> Iterator[list[tuple[Tensor, slice | None]]]:
         """Parameters of one library, dtype and age together, `UNIT` elements at a time."""

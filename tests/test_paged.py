@@ -146,6 +146,31 @@ def test_the_space_of_an_earlier_layout_is_given_back(tmp_path):
     assert all(a.data.tobytes() == b.data.tobytes() for a, b in zip(params, plain, strict=True))
 
 
+@pytest.mark.parametrize("files", [0, 1])
+def test_a_disk_that_is_full_when_the_layout_changes_loses_no_state(tmp_path, monkeypatch, files):
+    """The state is copied out of its old places into files, and from there into new ones: either may find no room."""
+    reserve, left = os.posix_fallocate, [files]
+
+    def full(*arguments):
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left[0] -= 1
+        reserve(*arguments)
+
+    params, plain = trained(), trained()
+    optimizer, reference = optim.PagedAdamW(params, page_dir=tmp_path), optim.AdamW(plain)
+    for own, chosen in ((optimizer, params), (reference, plain)):
+        steps(own, chosen, range(2))
+        chosen[0].grad = None  # another layout
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"no room for"):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer.step(), reference.step()
+    steps(optimizer, params, range(3, 5)), steps(reference, plain, range(3, 5))
+    assert all(a.data.tobytes() == b.data.tobytes() for a, b in zip(params, plain, strict=True))
+
+
 CAPPED = """
 import resource, sys
 import numpy as np
