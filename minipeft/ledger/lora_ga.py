@@ -25,6 +25,7 @@ from ..train import Progress, classification_loss, fit
 from . import Evidence, claim
 
 R, S = 8, 2.0  # what `minipeft train` has when nothing is said
+BATCHES = 8  # of 64 digits, for a full gradient
 
 
 def _config(chosen: LoraGAConfig | None = None, init: str | bool = True, r: int = R) -> LoraConfig:
@@ -45,12 +46,12 @@ def _trained(model: Module) -> list[Tensor]:
 
 
 @functools.cache
-def gradients(base: str = "vit", batches: int = 8) -> dict[str, np.ndarray]:
+def gradients(base: str = "vit") -> dict[str, np.ndarray]:
     """∂L/∂W of every layer that adapters go to, over the first batches of the rotated digits; all at once, as a check
     may."""
     model, stream = _base(base), _batches()
     walk = lora_ga.weight_gradients(
-        model, find_targets(model, "all-linear"), [stream[i] for i in range(batches)], classification_loss, 2**40
+        model, find_targets(model, "all-linear"), [stream[i] for i in range(BATCHES)], classification_loss, 2**40
     )
     return dict(walk)
 
@@ -85,7 +86,7 @@ def name() -> Evidence:
         for a, b in zip(pair, layer._factors("default"), strict=True)
     )
     start["LoRA, accumulating"] = _overlaps(accumulated)
-    chosen = LoraGAConfig(scale="paper")
+    chosen = LoraGAConfig(scale="paper", gradient_batches=BATCHES)
     start["LoRA-GA"] = _overlaps(get_peft_model(_base("mlp"), _config(chosen), _batches(), classification_loss))
     in_vectors = {name: min(min(pair) for pair in pairs) for name, pairs in start.items()}
     return Evidence(
@@ -236,11 +237,11 @@ def accumulate_adapters() -> Evidence:
 
 def _real_first_step(r: int) -> list[float]:
     """The cosine between −G and what one step of gradient descent does to W + s·BA, layer by layer of the ViT."""
-    config = _config(LoraGAConfig(scale="paper"), r=r)
+    config = _config(LoraGAConfig(scale="paper", gradient_batches=BATCHES), r=r)
     model = get_peft_model(_base("vit"), config, _batches(), classification_loss).eval()
     before = {name: layer.delta("default") for name, layer in model.adapter_layers()}
     sgd = optim.SGD(_trained(model), lr=1e-6)
-    fit(model, _batches(), steps=1, grad_accumulation=8, optimizer=sgd, progress=False)
+    fit(model, _batches(), steps=1, grad_accumulation=BATCHES, optimizer=sgd, progress=False)
     moved = {name: layer.delta("default") - before[name] for name, layer in model.adapter_layers()}
     return [
         float(-(moved[name] * G).sum() / (np.linalg.norm(moved[name]) * np.linalg.norm(G)))

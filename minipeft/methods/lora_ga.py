@@ -253,7 +253,8 @@ class LoraGAConfig:
     Args:
         direction, scale: see `lora_ga_init`; `"paper"` is not PEFT's.
         stable_gamma: γ.
-        gradient_batches: how many batches the gradient is the mean of: the first ones, or all where there are fewer.
+        gradient_batches: how many batches the gradient is the mean of: the first ones, or all where there are fewer. On
+            the digits one batch of 64 did as well as eight; of batches of 8, eight did better than one.
         gradient_bytes: the most that gradients may take at one time; left out, an eighth of all of them
             (`weight_gradients`). Half as much is twice as many passes over the batches.
 
@@ -264,7 +265,7 @@ class LoraGAConfig:
     direction: str = "ArB2r"
     scale: str = "stable"
     stable_gamma: float = 16
-    gradient_batches: int = 8
+    gradient_batches: int = 4
     gradient_bytes: int | None = None
 
     def __post_init__(self) -> None:
