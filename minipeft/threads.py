@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import ctypes
 import functools
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -116,8 +113,12 @@ def openblas(name: str) -> Any:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The OpenBLAS file mapped into this process (Linux), else the one in NumPy's wheel."""
+def _library() -> Any:
+    """The OpenBLAS file mapped into this process (Linux), else the one in NumPy's wheel, else None."""
+    import ctypes  # imported here, as the next two: every `import minipeft` would pay for them
+    import re
+    from pathlib import Path
+
     maps = Path("/proc/self/maps")
     mapped = re.findall(r"(/.*openblas.*)$", maps.read_text(), re.M) if maps.exists() else []
     root = Path(np.__file__).parent
