@@ -213,7 +213,7 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console, err
     task = load_task(settings)
     tokenizer = load_tokenizer(settings.model)
     with waiting(err, "reading the model"):
-        model = load_model(settings.model)
+        model = load_model(settings.model, quantization=METHODS[settings.method].quantize)  # never whole in full
         context = model.config.max_position_embeddings
         examples, test = (chat.encode(chats, tokenizer, context) for chats in (task.train, task.test))
     batches = chat.ChatBatches(examples, settings.batch_size, settings.seed)
