@@ -99,8 +99,8 @@ METHODS = {
     "lora-ga": Recipe(_lora_ga, 5e-3),  # 2, 5, 10, 20 ·1e-3
     "lora-pro": Recipe(_lora_pro, 5e-3),  # 1, 2, 5, 10, 20 ·1e-3
     "lora-pro-full": Recipe(lambda c: _lora_pro(c, variant="full"), 5e-3),  # 1, 2, 5, 10, 20 ·1e-3
-    "full-then-lora": Recipe(_full_then_lora, 5e-3, 1e-4),  # 1, 3, 5, 10 ·1e-3
-    "adapter": Recipe(_adapter, 2e-2, options=("r", "targets")),  # 5, 10, 20, 40 ·1e-3
+    "full-then-lora": Recipe(_full_then_lora, 5e-3, 2e-4),  # 1, 3, 5, 10 ·1e-3
+    "adapter": Recipe(_adapter, 2e-2, 1e-3, options=("r", "targets")),  # 5, 10, 20, 40 ·1e-3
     "p-tuning": Recipe(  # r virtual tokens; 0.5, 1, 2, 5, 10, 20 ·1e-3
         lambda c: PromptEncoderConfig(num_virtual_tokens=c.r), 5e-3, options=("r",)
     ),
