@@ -23,7 +23,7 @@ def figures(id: str) -> dict[str, Any]:
         RuntimeError: its check failed, so there is nothing to draw.
     """
     if id not in _found:
-        [claim] = ledger.claims([id], full=True)
+        [claim] = ledger.claims([id]) or ledger.claims([id], full=True)  # no language model where none is needed
         verdict = claim.judge()
         if verdict.verdict == "failed":
             raise RuntimeError(f"{id}: {verdict.found}")
