@@ -7,6 +7,8 @@
 #   make format     ruff: mend what can be mended
 #   make bench      one training step beside PyTorch's and HIPS autograd's, as ratios (installs both)
 #   make figures    draw the figures again, into figures/
+#   make notebooks  run every notebook from top to bottom and check what comes out; nothing is kept
+#   make exercises  the students' version of the exercises, into build/exercises/
 #   make clean      remove .venv and the caches
 #
 # Another Python: make test PYTHON=python3.13 (a .venv of another Python is made anew).
@@ -15,7 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help verify test oracles lint format bench figures clean
+.PHONY: help verify test oracles lint format bench figures notebooks exercises clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -43,7 +45,7 @@ verify: $(VENV)/.base
 	$(BIN)/minipeft verify
 
 # The tests' matrices are small: threads would only wait for each other, for minutes where other programs run.
-test oracles: export OPENBLAS_NUM_THREADS ?= 1
+test oracles notebooks: export OPENBLAS_NUM_THREADS ?= 1
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --ignore=tests/oracles -n auto --dist loadfile
@@ -64,6 +66,12 @@ bench: $(VENV)/.bench
 
 figures: $(VENV)/.base
 	$(BIN)/minipeft figures
+
+notebooks: $(VENV)/.test
+	$(BIN)/python -m pytest tests/test_notebooks.py -m notebooks -n auto
+
+exercises: $(VENV)/.test
+	$(BIN)/python notebooks/exercises/make_student.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache

@@ -25,10 +25,9 @@ def execute(path: Path) -> nbformat.NotebookNode:
     os.environ["MINIPEFT_STILL"] = "1"
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # small matrices: threads would only wait for each other
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook, timeout=SECONDS, kernel_name="python3", record_timing=False, resources={"metadata": {"path": HERE}}
-    )
-    client.execute()
+    options = {"record_timing": False, "coalesce_streams": True}  # printed text is one piece, however busy the machine
+    folder = {"metadata": {"path": HERE}}
+    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=folder, **options).execute()
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
