@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
+from typer.testing import CliRunner
 
-from minipeft import plots
+from minipeft import cli, plots
 from minipeft.plots import comparison, style
 
 QUICK = "nf4-table"
@@ -83,3 +84,21 @@ def test_svg_with_the_reader_s_fonts_needs_none_here(monkeypatch):
 def test_labels_go_back_to_english_after_a_chinese_figure():
     plots.draw_svg(QUICK, "zh")
     assert style.t("weights", "权重") == "weights"
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_draws_in_the_language_that_is_asked_for(tmp_path):
+    language = "zh" if style.chinese_font() else "en"
+    run = CliRunner().invoke(cli.app, ["figures", QUICK, "--lang", language, "--out", str(tmp_path / "pictures")])
+    assert run.exit_code == 0, run.output
+    suffix = ".zh" if language == "zh" else ""
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == [f"{QUICK}{suffix}.png", f"{QUICK}{suffix}.svg"]
+
+
+def test_the_command_refuses_another_language_in_one_line(tmp_path):
+    run = CliRunner().invoke(cli.app, ["figures", QUICK, "--lang", "fr", "--out", str(tmp_path)])
+    assert run.exit_code == 2
+    assert run.stderr == "error: lang: got 'fr'; accepted are 'en' and 'zh'\n"
+    assert not list(tmp_path.iterdir())

@@ -31,9 +31,10 @@ VERDICTS = {  # the word in Chinese, and the class of its mark
     "failed": ("未通过", "failed"),
 }
 LEAD = {
-    "en": "A Chinese introduction to parameter-efficient fine-tuning makes {count} statements that a computer can "
-    "check. Here is each of them, in the document's order: the equation, what was found, and the code that found it.",
-    "zh": "一份介绍参数高效微调（PEFT）的文档中，有 {count} 条说法可以用计算来检验。"
+    "en": "What a Chinese introduction to parameter-efficient fine-tuning says, and the papers behind it, in {count} "
+    "statements that a computer can check. Here is each of them, in the document's order: the equation, what was "
+    "found, and the code that found it.",
+    "zh": "一份介绍参数高效微调（PEFT）的文档以及它所依据的论文中，有 {count} 条说法可以用计算来检验。"
     "这里按文档的顺序逐条列出：公式、检验结果，以及得出结果的代码。",
 }
 
@@ -146,7 +147,7 @@ def _code(id: str, references: Iterable[str]) -> str:
             found.append(sources.find(reference))
         except (ImportError, AttributeError):  # a method that this version lacks
             continue
-    [claim] = ledger.claims([id], full=True)
+    [claim] = ledger.claims([id]) or ledger.claims([id], full=True)
     blocks = [("The formula in code", "公式对应的代码", found)] if found else []
     blocks.append(("How it is checked", "如何检验", [sources.source_of(claim.check, claim.check.__name__)]))
     return "".join(_folded(_both(en, zh), group) for en, zh, group in blocks)

@@ -129,7 +129,7 @@ def merge() -> Figure:
     """Merged against unmerged outputs by the dtype that weights are stored in, beside that dtype's rounding step."""
     from ..ledger.lora import _EPS
 
-    found = figures("lora.merge")
+    found = {name: figures("lora.merge")[name] for name in _EPS}
     figure, axes = panels(1, size=(9, 4.4))
     y = np.arange(len(found))
     differences = [found[name]["difference"] for name in found]
@@ -293,7 +293,7 @@ def hybrid() -> Figure:
     figure, (loss, cost) = panels(2)
     means, spreads = ([found[share][key] for share in shares] for key in ("loss", "loss_spread"))
     loss.errorbar(x, means, spreads, fmt="o", color=BLUE, ms=11, capsize=6, lw=2.5)
-    loss.set(ylabel=t("loss, last tenth of the steps", "损失（最后十分之一的步）"), ylim=(0, None))
+    loss.set(ylabel=t("loss, last tenth", "损失（最后 1/10 步）"), ylim=(0, None))
     styles = {
         "flops": (t("products", "乘法次数"), BLUE, "o-"),
         "mean_bytes": (t("bytes, on average", "字节（平均）"), GREEN, "s--"),

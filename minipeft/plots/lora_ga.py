@@ -31,12 +31,12 @@ def alignment() -> Figure:
             axes.vlines(x, values.min(axis=1), values.max(axis=1), color=colour, lw=3, alpha=0.5)
         axes.plot(x, mean, marker, color=colour, ms=size, mew=2.5 if kind == "bound" else 1, label=name)
     axes.set(xticks=range(len(found["paper"])), xticklabels=list(found["paper"]), ylim=(0, 1.04))
-    axes.set(xlabel=t("rank r", "秩 r"), ylabel=t("cos(first update, gradient)", "cos（第一步更新，梯度）"))
+    axes.set(xlabel=t("rank r", "秩 r"), ylabel=t("cosine", "余弦"))
     figure.legend(loc="outside upper center", ncols=fit(2, 1))
     return source(
         figure,
-        "claim loraga.alignment: twelve projections of the ViT, rotated digits; means, and lines from least to largest",
-        "结论 loraga.alignment：ViT 的十二个投影矩阵，旋转的手写数字；点为平均，线为最小到最大",
+        "claim loraga.alignment: first update against gradient, 12 projections of the ViT; means, lines: the range",
+        "结论 loraga.alignment：第一步更新与梯度的夹角余弦，ViT 的十二个投影矩阵；点为平均，线为范围",
     )
 
 

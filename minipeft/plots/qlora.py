@@ -30,8 +30,9 @@ def nf4() -> Figure:
     axes.vlines(table, 0, height, color=BLUE, lw=2)
     axes.plot(table, np.zeros(16), "o", color=BLUE, ms=8, clip_on=False, zorder=5)
     for i, value in list(enumerate(table))[:: fit(1, 3)]:
-        axes.annotate(f"{value:.2f}", (value, 0), (0, -14 - 15 * (i % 2)), textcoords="offset points", ha="center",
-                      va="top", fontsize=11, color=BLUE)  # fmt: skip
+        text, below = f"{value:.2f}".replace("-", "−"), (0, -14 - 15 * (i % 2))
+        place = {"textcoords": "offset points", "ha": "center", "va": "top"}
+        axes.annotate(text, (value, 0), below, fontsize=11, color=BLUE, **place)
     axes.set(
         xlim=(-1.16, 1.16),
         ylim=(0, None),
