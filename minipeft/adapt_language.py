@@ -225,6 +225,9 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console, err
         before = measure(model, tokenizer, task, test)
     size = sum(p.size for p in model.parameters())
     model = prepared(model, settings.method, choice(settings), settings.seed, batches, chat.chat_loss)
+    if batches.lengths.max() > model.context:  # virtual tokens take places too
+        longest = batches.lengths.max()
+        raise ValueError(f"{settings.data}: a conversation has {longest} tokens; {model.context} are accepted")
     model.model.checkpointing = settings.checkpointing
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = optim.AdamW(trainable, lr=settings.lr)
@@ -232,9 +235,10 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console, err
         (directory / CHECKPOINT).unlink(missing_ok=True)
     files.write_json(directory / RUN, asdict(settings))
     trains = sum(p.size for p in trainable)
+    share = f"{trains / size:.2%}" if trains <= size else "the weights, then the factors"
     console.print(
         f"[bold]{settings.model}[/] ({size:,} parameters) learns {len(examples)} conversations from {settings.data}; "
-        f"[bold]{settings.method}[/] trains {trains:,} parameters ({trains / size:.2%})."
+        f"[bold]{settings.method}[/] trains {trains:,} parameters ({share})."
     )
     console.print(
         f"{settings.steps} steps of {settings.batch_size} conversations, {batches.lengths.mean():.0f} tokens each; "
@@ -253,6 +257,8 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console, err
             callbacks=[show],
             progress=False,
         )
+    if isinstance(model, PeftModel) and (report := model.method.report()):
+        console.print(f"{report}.", soft_wrap=True)
     model.eval()
     model.model.checkpointing = False
     saved = save(model, directory, tokenizer)
