@@ -2,7 +2,7 @@
 
     budgets   each method's size (rank …) with as many trained parameters as LoRA of rank 8, as nearly as sizes allow
     rates     each method's learning rate, by the loss on validation data, from its recipe's times 1/2, 1 and 2, and on
-              while the best is at an end; two seeds
+              while the best is at an end; two seeds (a language model: one)
     runs      the seeds that are missing at that rate; then a step's bytes, and steps' seconds measured in turn
     report    means and deviations over seeds, ranked by what the task is about
 
@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -38,7 +39,7 @@ from .recipes import METHODS, Choice
 
 REPORT = "compare.json"
 RANK = 8  # LoRA's: the budget
-SWEPT = 2  # seeds that choose a learning rate
+SWEPT = {"digits": 2, "self-cognition": 1}  # seeds that choose a learning rate
 FACTOR, FURTHEST = 2.0, 5  # learning rates are the recipe's times 2^-5 … 2^5
 LOWER_IS_BETTER = {"accuracy": False, "named": False, "test_loss": True, "perplexity": True}
 BYTES = ("weights", "gradients", "optimizer", "activations", "peak")
@@ -133,7 +134,7 @@ def workers(number: int, directory: Path) -> Iterator[Run]:
     os.environ.update(dict.fromkeys(THREADS, "1"))  # read by a BLAS when it is loaded: new processes inherit it
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # a fork would take over this process's BLAS, threads and all
-    pool = ProcessPoolExecutor(number, mp_context=context, initializer=_leave_interrupts)
+    pool = ProcessPoolExecutor(number, mp_context=context, initializer=_begin_worker)
 
     def run(jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         futures = {pool.submit(perform, job, directory): job for job in jobs}
@@ -157,9 +158,16 @@ def workers(number: int, directory: Path) -> Iterator[Run]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _leave_interrupts() -> None:
-    """Ctrl-C goes to every process of a terminal; the one that started this one ends it."""
+def _begin_worker() -> None:
+    """Ctrl-C goes to every process of a terminal; the one that started this one ends it. Where that one was killed,
+    this one must not wait for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
@@ -189,7 +197,7 @@ class Comparison:
     say: Callable[[str], None] = print
     stage: Callable[[str, int, int], Any] = lambda title, total, done: contextlib.nullcontext(lambda: None)
     asked: dict[Job, dict[str, Any]] = field(default_factory=dict)
-    done_now: int = 0
+    done_now: int = 0  # results that were added to the directory
 
     def run(self, processes: int = 1) -> dict[str, Any]:
         """Do what is not done yet; the report."""
@@ -232,7 +240,7 @@ class Comparison:
         with self.stage(title, len(jobs), len(jobs) - len(missing)) as advance:
             for job, result in run(missing):
                 self.asked[job] = result
-                self.done_now += 1
+                self.done_now += store.path(job).exists()
                 advance()
 
     def _rates(self, run: Run, methods: list[str], sizes: dict[str, Budget]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -240,7 +248,7 @@ class Comparison:
 
         A method all of whose runs fail has no rate.
         """
-        task, seeds = problem(self.setting), range(min(SWEPT, self.seeds))
+        task, seeds = problem(self.setting), range(min(SWEPT[self.setting.task], self.seeds))
         if not self.sweep:
             return {method: task.lr(method) for method in methods}, {}
         tried = {method: [-1, 0, 1] for method in methods}

@@ -152,7 +152,9 @@ class SelfCognition:
         from .tokenizer import load_tokenizer
 
         self.setting, self.tokenizer = setting, load_tokenizer(setting.base)
-        self.context = self.model().config.max_position_embeddings
+        model, self.weights = self.model(), 0
+        for p in model.parameters():
+            self.weights = zlib.crc32(np.ascontiguousarray(p.data).view(np.uint8), self.weights)
         whole = adapt_language.load_task(adapt_language.Settings(setting.base, name=NAME, author=AUTHOR))
         self.questions = whole.questions
         keys = [json.dumps(conversation.messages) for conversation in whole.train]
@@ -162,15 +164,12 @@ class SelfCognition:
         tenth = len(order) // 10
         held = {"valid": order[:tenth], "test": order[tenth : 2 * tenth]}
         held["train"] = sorted(set(range(len(keys))) - set(order[: 2 * tenth]))
-        encoded = chat.encode(whole.train, self.tokenizer, self.context)
+        encoded = chat.encode(whole.train, self.tokenizer, model.config.max_position_embeddings)
         self.examples = {part: [encoded[i] for i in rows] for part, rows in held.items()}
 
     def contents(self) -> str:
         """Eight characters for the weights, sixteen for the tokens."""
-        weights = 0
-        for p in self.model().parameters():
-            weights = zlib.crc32(np.ascontiguousarray(p.data).view(np.uint8), weights)
-        return f"{weights:08x}-{adapt_language.fingerprint(self.examples['train'])}"
+        return f"{self.weights:08x}-{adapt_language.fingerprint(self.examples['train'])}"
 
     def model(self) -> Module:
         """The language model."""
@@ -202,9 +201,13 @@ class SelfCognition:
         }
 
 
-@functools.cache
 def problem(setting: Setting) -> Digits | SelfCognition:
     """The problem that the setting means, read once in a process."""
+    return _read(replace(setting, contents=""))
+
+
+@functools.cache
+def _read(setting: Setting) -> Digits | SelfCognition:
     return (Digits if setting.task == "digits" else SelfCognition)(setting)
 
 

@@ -69,7 +69,7 @@ def _result(row: dict[str, Any], report: dict[str, Any]) -> list[Text | str]:
     if "loss" not in row:
         return [Text("failed", "bold red")]
     failed = f" ({row['failed']['runs']} failed)" if row["failed"] else ""
-    metrics = [_spread(row[name], name) for name in report["metrics"]]
+    metrics = [_spread(row[name], name) + _change(name, row, report) for name in report["metrics"]]
     return [_spread(row["loss"], "loss") + failed, *metrics, _steps(row, report["seeds"])]
 
 
@@ -117,6 +117,12 @@ def _spread(found: dict[str, Any], name: str) -> str:
     shown = f"{scale * found['mean']:.{digits}f}"
     deviation = found.get("deviation")
     return shown if deviation is None else f"{shown} ± {scale * deviation:.{digits}f}"
+
+
+def _change(name: str, row: dict[str, Any], report: dict[str, Any]) -> str:
+    """By how much perplexity rose: what was forgotten."""
+    before = report["base"].get(name)
+    return f" ({row[name]['mean'] / before - 1:+.1%})" if name == "perplexity" and before else ""
 
 
 def _trains(row: dict[str, Any]) -> str:
