@@ -316,6 +316,7 @@ class Comparison:
             "target_loss": target,
             "target_of": whose,
             "metrics": list(metrics),
+            "tested": problem(self.setting).tested,  # how many cases the first metric is a share of
             "base": {name: _rounded(base[name]) for name in metrics if name in base},
             "curve_steps": (_shown(self.setting.steps) + width(range(self.setting.steps))).tolist(),
             "methods": {method: methods[method] for method in order},

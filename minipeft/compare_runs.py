@@ -113,6 +113,7 @@ class Digits:
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.data = setting, digits.transfer(setting.shift)
+        self.tested = len(self.data.test.y)
 
     def contents(self) -> str:
         """Base and data come with the package, whose version is in every file."""
@@ -156,7 +157,7 @@ class SelfCognition:
         for p in model.parameters():
             self.weights = zlib.crc32(np.ascontiguousarray(p.data).view(np.uint8), self.weights)
         whole = adapt_language.load_task(adapt_language.Settings(setting.base, name=NAME, author=AUTHOR))
-        self.questions = whole.questions
+        self.questions, self.tested = whole.questions, len(whole.questions)
         keys = [json.dumps(conversation.messages) for conversation in whole.train]
         times = Counter(keys)
         single = [i for i, key in enumerate(keys) if times[key] == 1]

@@ -163,8 +163,19 @@ def _explained(report: dict[str, Any]) -> str:
     return (
         f"In order of {TITLES[report['metrics'][0]].removesuffix(', %')}; mean ± standard deviation of {seeds}. size: "
         f"rank r, bottleneck b, encoder's width H. trains: at first → at the end. lr: {chosen}. loss: of the last "
-        f"tenth of {report['setting']['steps']} steps. Target loss: {aim}."
+        f"tenth of {report['setting']['steps']} steps. Target loss: {aim}.{_told_apart(report)}"
     )
+
+
+def _told_apart(report: dict[str, Any]) -> str:
+    """How near to each other shares of so many cases mean nothing."""
+    metric = report["metrics"][0]
+    shares = [row[metric]["mean"] for row in report["methods"].values() if metric in row]
+    if not shares:
+        return ""
+    middle = sorted(shares)[len(shares) // 2]
+    error = 100 * (middle * (1 - middle) / report["tested"]) ** 0.5
+    return f" One standard error of {report['tested']} cases at {middle:.0%}: {error:.1f} points."
 
 
 def _costs_explained() -> str:

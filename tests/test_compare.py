@@ -428,6 +428,7 @@ def test_the_command_shows_the_tables_and_writes_report_and_figure(tmp_path, col
     assert re.search(r"lora .* \d+\.\d ± \d+\.\d", result.output)
     assert re.search(r"lora +116 +14 +28 +\d+ +\d+ +1\.00", result.output)
     assert "the base" in result.output
+    assert re.search(r"One standard error of 400 cases at \d+%: \d\.\d points", " ".join(result.output.split()))
     report = json.loads((tmp_path / REPORT).read_text())
     assert report["machine"]["numpy"] == np.__version__
     assert (tmp_path / REPORT).stat().st_size < 20_000
