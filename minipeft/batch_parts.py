@@ -12,7 +12,7 @@ from . import threads
 from .backend import Array, get_namespace
 from .module import Module
 from .nn import Dropout
-from .tensor import Tensor, gradients, joint_result
+from .tensor import Tensor, gradients, joint_result, leaves
 
 LEAST = 1 << 17  # elements of the first argument; less work is not worth the threads
 
@@ -25,12 +25,12 @@ def over_batch(fn: Callable[..., Tensor], module: Module, *args: Tensor | Array 
 
     Args:
         fn: a function of tensors and arrays whose first axis is the batch; so is its result's.
-        module: whose parameters fn uses. With dropout fn runs on the whole batch: the order of random numbers counts.
+        module: what fn runs. With dropout it runs on the whole batch: the order of random numbers counts.
         args: those with a batch axis, a tensor first; None is passed on.
     """
     x = args[0]
     count = min(threads.available(), len(x)) if x.size >= LEAST and get_namespace(x.data) is np else 1
-    if count < 2 or any(isinstance(m, Dropout) and m.p and m.training for m in module.modules()):
+    if count < 2 or (module.training and any(isinstance(m, Dropout) and m.p and m.training for m in module.modules())):
         return fn(*args)
     ends = [len(x) * (i + 1) // count for i in range(count)]
     parts = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
@@ -39,14 +39,14 @@ def over_batch(fn: Callable[..., Tensor], module: Module, *args: Tensor | Array 
     data, nodes = np.concatenate([out.data for out in outputs]), [out._node for out in outputs]
     del outputs
     inputs = [[arg for arg in own if isinstance(arg, Tensor)] for own in cut]
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters = [leaf for leaf in leaves(nodes[0]) if all(leaf is not arg for arg in inputs[0])]  # as in all parts
 
     def backward(g: Array) -> list[Array | None]:
         tasks = [partial(gradients, node, g[part]) for node, part in zip(nodes, parts, strict=True)]
         found = threads.side_by_side(tasks)
         joined = []
-        for leaves in zip(*inputs, strict=True):
-            each = [grads.get(leaf) for grads, leaf in zip(found, leaves, strict=True)]
+        for own in zip(*inputs, strict=True):
+            each = [grads.get(leaf) for grads, leaf in zip(found, own, strict=True)]
             joined.append(None if any(grad is None for grad in each) else np.concatenate(each))
         return joined + [_sum([grads[p] for grads in found if p in grads]) for p in parameters]
 

@@ -347,6 +347,12 @@ def _walk(
         parent_grads = p = g = None
 
 
+def leaves(node: Node | None) -> list[Tensor]:
+    """The tensors at the ends of the graph below `node`, in the order in which operations first used them."""
+    ends = [p for each in (_nodes(node) if node else ()) for p in each.parents if isinstance(p, Tensor)]
+    return list(dict.fromkeys(ends))
+
+
 def _nodes(root: Node) -> list[Node]:
     """All operations below `root`, oldest first; found with a list, not by recursion, so depth has no limit."""
     seen, stack = {root}, [root]

@@ -32,18 +32,18 @@ def rope(x: Any, cos: Array, sin: Array) -> Tensor:
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Each half is written to its place in one new array: half the time of concatenating two."""
-    half, xp = x.shape[-1] // 2, get_namespace(x)
+    """x·(cos, cos) + (x₂, x₁)·(−sin, sin), with x₁ and x₂ the halves of the last axis."""
+    xp, half = get_namespace(x), x.shape[-1] // 2
+    twice = xp.concatenate([cos, cos], axis=-1)  # (T, d)
+    signed = xp.stack([-sin, sin], axis=-2)  # (T, 2, d/2)
     y = xp.empty(x.shape, dtype=x.dtype)
     source, target = (x, y) if x.ndim > 2 else (x[None], y[None])
 
     def each(start: int, stop: int) -> None:
-        first, second = source[start:stop, ..., :half], source[start:stop, ..., half:]
-        a, b = target[start:stop, ..., :half], target[start:stop, ..., half:]
-        xp.multiply(first, cos, out=a)
-        a -= second * sin
-        xp.multiply(second, cos, out=b)
-        b += first * sin
+        part, out = source[start:stop], target[start:stop]
+        xp.multiply(part, twice, out=out)
+        swapped = part.reshape(*part.shape[:-1], 2, half)[..., ::-1, :]
+        out += (swapped * signed).reshape(out.shape)
 
     in_parts(each, len(source), xp, width=x.size // max(1, len(source)))
     return y
@@ -93,7 +93,7 @@ def scaled_dot_product_attention(
 
         def each(start: int, stop: int) -> None:
             w, d = weights[start:stop], dscores[start:stop]
-            d -= (d * w).sum(axis=-1, keepdims=True)
+            d -= xp.einsum("ij,ij->i", d, w)[:, None]
             d *= w
             d *= scale
 

@@ -106,7 +106,7 @@ def rms_norm(x: Any, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
 
     def forward(start: int, stop: int) -> None:
         part = slice(start, stop)
-        scale[part] = 1 / xp.sqrt((rows[part] * rows[part]).mean(axis=-1, keepdims=True) + eps)
+        scale[part] = 1 / xp.sqrt(xp.einsum("ij,ij->i", rows[part], rows[part])[:, None] / d + eps)
         xp.multiply(rows[part], scale[part], out=normed[part])
         if w is not None:
             xp.multiply(normed[part], w, out=y[part])
@@ -117,7 +117,7 @@ def rms_norm(x: Any, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
         def each(start: int, stop: int) -> None:
             part = slice(start, stop)
             h = g[part] if w is None else g[part] * w
-            xp.multiply(normed[part], (h * normed[part]).mean(axis=-1, keepdims=True), out=dx[part])
+            xp.multiply(normed[part], xp.einsum("ij,ij->i", h, normed[part])[:, None] / d, out=dx[part])
             xp.subtract(h, dx[part], out=dx[part])
             dx[part] *= scale[part]
 
