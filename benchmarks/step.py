@@ -14,6 +14,7 @@ installed are left out.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -72,13 +73,14 @@ def minipeft_step(method: str, ids: np.ndarray, steps: int) -> Callable[[], None
     return step
 
 
-def peft_step(method: str, ids: np.ndarray, steps: int) -> Callable[[], None]:
+def peft_step(method: str, ids: np.ndarray, steps: int, dtype: str = "float32") -> Callable[[], None]:
     """torch + PEFT, eager, with as many threads as there are processors, or as OMP_NUM_THREADS says."""
     import peft
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in SHAPE.items() if k != "model_type"})).float()
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in SHAPE.items() if k != "model_type"}))
+    model = model.to(getattr(torch, dtype))
     if method == "qlora":
         _to_4bit(model)
     if method == "adalora":
@@ -162,7 +164,12 @@ def _like(a: np.ndarray) -> tuple:
     return a.shape, a.strides[-1] > a.strides[-2]
 
 
-SIDES = {"minipeft": minipeft_step, "torch + PEFT": peft_step, "np.matmul floor": floor_step}
+SIDES = {
+    "minipeft": minipeft_step,
+    "torch + PEFT": peft_step,
+    "np.matmul floor": floor_step,
+    "torch bfloat16": functools.partial(peft_step, dtype="bfloat16"),  # what NumPy has no products for
+}
 
 
 def measure(side: str, method: str, shape: str, steps: int) -> dict[str, float]:
@@ -235,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="lora", help="comma-separated; of full, lora and the other methods")
     parser.add_argument("--shapes", default="4x128", help="comma-separated batch x tokens")
-    parser.add_argument("--sides", default=",".join(SIDES), help="comma-separated")
+    parser.add_argument("--sides", default=",".join(list(SIDES)[:3]), help=f"comma-separated; of {', '.join(SIDES)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="timed steps a round")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -257,7 +264,7 @@ def main() -> None:
             for shape in options.shapes.split(",")
             for method in options.methods.split(",")
             for side in options.sides.split(",")
-            if side != "torch + PEFT" or method in PEER_METHODS
+            if not side.startswith("torch") or method in PEER_METHODS
         ]
     found = in_turn(jobs, options.rounds)
     print("; ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
