@@ -38,6 +38,7 @@ TASKS = ("digits", "self-cognition")
 TOKENS = 8  # P-Tuning's virtual tokens; its encoder's width is what meets the budget
 TIMED = 1000  # the run that measured steps are thought to be part of: schedules change nothing while they last
 NAME, AUTHOR = "Lumi", "Ada Lab"
+TOGETHER = 8  # conversations whose loss is measured in one pass
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ class Digits:
 
 
 class SelfCognition:
-    """A language model learns who it is. Of the conversations that occur once, a tenth chooses learning rates, and on
-    another tenth the loss is measured."""
+    """A language model learns who it is. Of the conversations that occur once, a twentieth chooses learning rates, and
+    on another twentieth the loss is measured."""
 
     metrics = ("named", "test_loss", "perplexity")
     loss_fn = staticmethod(chat.chat_loss)
@@ -162,11 +163,11 @@ class SelfCognition:
         times = Counter(keys)
         single = [i for i, key in enumerate(keys) if times[key] == 1]
         order = [single[i] for i in np.random.default_rng(0).permutation(len(single))]
-        tenth = len(order) // 10
-        held = {"valid": order[:tenth], "test": order[tenth : 2 * tenth]}
-        held["train"] = sorted(set(range(len(keys))) - set(order[: 2 * tenth]))
+        part = max(1, len(order) // 20)
+        held = {"valid": order[:part], "test": order[part : 2 * part]}
+        held["train"] = sorted(set(range(len(keys))) - set(order[: 2 * part]))
         encoded = chat.encode(whole.train, self.tokenizer, model.config.max_position_embeddings)
-        self.examples = {part: [encoded[i] for i in rows] for part, rows in held.items()}
+        self.examples = {name: [encoded[i] for i in rows] for name, rows in held.items()}
 
     def contents(self) -> str:
         """Eight characters for the weights, sixteen for the tokens."""
@@ -192,14 +193,23 @@ class SelfCognition:
 
     def measure(self, model: Module) -> dict[str, float]:
         """The share of held-out questions that are answered with the new name, losses, perplexity of a general text."""
-        task = adapt_language.Task([], questions=self.questions)
-        found = adapt_language.measure(model, self.tokenizer, task, self.examples["test"])
+        answers = adapt_language.ask(model, self.tokenizer, self.questions)
         return {
-            "valid_loss": adapt_language.held_out_loss(model, self.examples["valid"]),
-            "named": float(np.mean([self_cognition.gives_name(answer, NAME) for answer in found.answers])),
-            "test_loss": found.loss,
-            "perplexity": found.perplexity,
+            "valid_loss": self._loss(model, "valid"),
+            "named": float(np.mean([self_cognition.gives_name(answer, NAME) for answer in answers])),
+            "test_loss": self._loss(model, "test"),
+            "perplexity": adapt_language.perplexity(model, self.tokenizer),
         }
+
+    def _loss(self, model: Module, part: str) -> float:
+        """The mean cross-entropy of all labelled tokens; several conversations at a time, for each pass reads all of
+        the weights."""
+        examples = sorted(self.examples[part], key=lambda example: len(example.ids))
+        batches = [examples[start : start + TOGETHER] for start in range(0, len(examples), TOGETHER)]
+        labelled = [sum(int((example.labels[1:] != chat.IGNORED).sum()) for example in batch) for batch in batches]
+        with no_grad():
+            losses = [self.loss_fn(model, chat.pad(batch)).item() for batch in batches]
+        return float(np.average(losses, weights=labelled))
 
 
 def problem(setting: Setting) -> Digits | SelfCognition:

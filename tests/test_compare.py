@@ -509,3 +509,10 @@ def test_a_language_model_s_methods_are_ranked_by_the_questions_answered_with_th
     assert "new name given, %" in " ".join(result.output.split())
     assert re.search(r"lora .*\d\.\d\d \([+-]\d+\.\d%\)", result.output)
     assert report["base"]["perplexity"] > 1
+    read = problem(Setting("self-cognition", str(tmp_path / "tiny"), steps=4, batch_size=6))
+    assert report["base"]["test_loss"] == pytest.approx(
+        adapt_language.held_out_loss(read.model(), read.examples["test"]), rel=1e-4
+    )
+    parts = [{example.ids.tobytes() for example in read.examples[part]} for part in ("train", "valid", "test")]
+    assert all(parts)
+    assert len(parts[0] | parts[1] | parts[2]) == sum(map(len, parts))

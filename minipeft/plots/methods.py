@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .. import files
 from .comparison import PANELS, STYLES, name_of
 from .style import INK, drawing, fit, panels, png, source, svg, t
@@ -14,6 +16,7 @@ from .style import INK, drawing, fit, panels, png, source, svg, t
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FAR = 15  # points below the middle one's accuracy
 NAMES = {"lora-pro-full": ("LoRA-Pro, full", "LoRA-Pro（完整形式）")}
 LABELS = {
     "accuracy": ("test accuracy, %", "测试准确率，%"),
@@ -86,17 +89,25 @@ def _curves(axes: Any, rows: dict[str, Any], steps: list[int]) -> None:
 
 
 def _quality(axes: Any, rows: dict[str, Any], metric: str) -> None:
-    """One point a method, whiskers over seeds; names beside the axes, since points lie close together."""
-    largest = max((row["bytes"]["peak"] for row in rows.values() if row["bytes"]), default=0)
-    size, unit = (2**20, "MiB") if largest >= 1 << 20 else (2**10, "KiB")
+    """One point a method, whiskers over seeds; names beside the axes, since points lie close together.
+
+    Methods far below the middle one stand at the lower edge with their value, so that the others can be told apart.
+    """
+    rows = {method: row for method, row in rows.items() if row["bytes"]}
+    if not rows:
+        return
+    size, unit = (2**20, "MiB") if max(row["bytes"]["peak"] for row in rows.values()) >= 1 << 20 else (2**10, "KiB")
+    means = {method: 100 * row[metric]["mean"] for method, row in rows.items()}
+    near = [method for method in rows if means[method] >= np.median(list(means.values())) - FAR]
+    lowest = min(min(rows[method][metric]["values"]) for method in near) * 100
+    edge = lowest - 0.12 * (max(means.values()) - lowest) - 0.1
     for method, row in rows.items():
-        if not row["bytes"]:
-            continue
         colour, _, marker = _style(method)
-        mean, values = 100 * row[metric]["mean"], [100 * value for value in row[metric]["values"]]
-        spread = [[mean - min(values)], [max(values) - mean]]
-        x = row["bytes"]["peak"] / size
-        axes.errorbar(x, mean, spread, fmt=marker, color=colour, ms=10, capsize=3, lw=1.6, label=_name(method))
+        x, mean, values = row["bytes"]["peak"] / size, means[method], [100 * value for value in row[metric]["values"]]
+        y = mean if method in near else edge
+        spread = [[mean - min(values)], [max(values) - mean]] if method in near else None
+        axes.errorbar(x, y, spread, fmt=marker, color=colour, ms=10, capsize=3, lw=1.6, label=_name(method))
+        if method not in near:
+            axes.annotate(f"{mean:.1f} ↓", (x, y), (9, -5), textcoords="offset points", fontsize=fit(12, 9))
     axes.set(xlabel=t(f"peak of a training step, {unit}", f"训练一步的内存峰值，{unit}"), ylabel=t(*LABELS[metric]))
-    if rows:
-        axes.legend(fontsize=fit(11.5, 8.5), loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(fontsize=fit(11.5, 8.5), loc="center left", bbox_to_anchor=(1.0, 0.5))
