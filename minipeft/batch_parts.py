@@ -10,11 +10,12 @@ import numpy as np
 
 from . import threads
 from .backend import Array, get_namespace
-from .module import Module
+from .module import Module, Parameter
 from .nn import Dropout
 from .tensor import Tensor, gradients, joint_result, leaves
 
 LEAST = 1 << 17  # elements of the first argument; less work is not worth the threads
+MOST = 1 << 24  # elements of weights that train: each part has a gradient of its own for them
 
 
 def over_batch(fn: Callable[..., Tensor], module: Module, *args: Tensor | Array | None) -> Tensor:
@@ -25,12 +26,13 @@ def over_batch(fn: Callable[..., Tensor], module: Module, *args: Tensor | Array 
 
     Args:
         fn: a function of tensors and arrays whose first axis is the batch; so is its result's.
-        module: what fn runs. With dropout it runs on the whole batch: the order of random numbers counts.
+        module: what fn runs. It runs on the whole batch with dropout, where the order of random numbers counts, and
+            where whole weights train: their gradients of every part would take memory, and time to add up.
         args: those with a batch axis, a tensor first; None is passed on.
     """
     x = args[0]
     count = min(threads.available(), len(x)) if x.size >= LEAST and get_namespace(x.data) is np else 1
-    if count < 2 or (module.training and any(isinstance(m, Dropout) and m.p and m.training for m in module.modules())):
+    if count < 2 or (module.training and _stays_whole(module)):
         return fn(*args)
     ends = [len(x) * (i + 1) // count for i in range(count)]
     parts = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
@@ -52,6 +54,15 @@ def over_batch(fn: Callable[..., Tensor], module: Module, *args: Tensor | Array 
 
     parents = [arg for arg in args if isinstance(arg, Tensor)]
     return joint_result("over_batch", data, (*parents, *parameters), backward)
+
+
+def _stays_whole(module: Module) -> bool:
+    trained = 0
+    for m in module.modules():
+        trained += sum(p.size for p in vars(m).values() if isinstance(p, Parameter) and p.requires_grad)
+        if trained > MOST or (isinstance(m, Dropout) and m.p and m.training):
+            return True
+    return False
 
 
 def _cut(arg: Any, part: slice) -> Any:

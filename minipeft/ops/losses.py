@@ -106,8 +106,9 @@ def _by_rows(x: Array, w: Array, targets: Array, chunk: int, dx: Array | None) -
     """(Σ losses, dW); dx is written to its place. With z = e^(logits − max) and Z = Σ z, p − onehot = (z − Z·onehot)/Z:
     rows of d numbers are divided by Z instead of rows of V."""
     xp = get_namespace(x)
-    dw, loss = xp.zeros_like(w), xp.zeros((), dtype=x.dtype)
+    dw, loss = xp.empty_like(w), xp.zeros((), dtype=x.dtype)
     buffer = xp.empty((min(chunk, len(x)), len(w)), dtype=x.dtype)
+    product = xp.empty_like(w) if len(x) > chunk else None  # fresh memory of W's size for each chunk would cost more
     for start in range(0, len(x), chunk):
         part = slice(start, start + chunk)
         z = backend.matmul(x[part], w.T, out=buffer[: len(x[part])])  # (chunk, V)
@@ -121,7 +122,10 @@ def _by_rows(x: Array, w: Array, targets: Array, chunk: int, dx: Array | None) -
         if dx is not None:
             backend.matmul(z, w, out=dx[part])
             dx[part] /= Z
-        dw += backend.matmul(z.T, x[part] / Z)
+        if start == 0:
+            backend.matmul(z.T, x[part] / Z, out=dw)
+        else:
+            dw += backend.matmul(z.T, x[part] / Z, out=product)
     return loss, dw
 
 
