@@ -25,8 +25,8 @@ DEFAULTS = {  # (in full, quick)
     epilog="[bold]minipeft compare --base mlp --seeds 3[/]   or   [bold]minipeft compare --methods lora,dora,full[/]"
 )
 def compare(
-    task: Annotated[str, typer.Option(help=f"What is learned: {' or '.join(TASKS)} (a language model's).")] = "digits",
-    methods: Annotated[str, typer.Option(help=f"all, or some of {','.join(METHODS)}.")] = "all",
+    task: Annotated[str, typer.Option(help=f"What is learned: {' or '.join(TASKS)}.")] = "digits",
+    methods: Annotated[str, typer.Option(help=f"all, or some of {', '.join(METHODS)}, with commas.")] = "all",
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Runs of each method.  [dim]\\[default: 5, language 2][/]")
     ] = None,

@@ -150,10 +150,9 @@ def workers(number: int, directory: Path) -> Iterator[Run]:
     try:
         yield run
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()  # idle, or stopped in the middle: files are whole at any moment
-            process.join()
+        pool.shutdown(cancel_futures=True)  # waits for their ends
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 

@@ -171,9 +171,9 @@ def _told_apart(report: dict[str, Any]) -> str:
     """How near to each other shares of so many cases mean nothing."""
     metric = report["metrics"][0]
     shares = [row[metric]["mean"] for row in report["methods"].values() if metric in row]
-    if not shares:
+    middle = sorted(shares)[len(shares) // 2] if shares else 0
+    if middle in (0, 1):
         return ""
-    middle = sorted(shares)[len(shares) // 2]
     error = 100 * (middle * (1 - middle) / report["tested"]) ** 0.5
     return f" One standard error of {report['tested']} cases at {middle:.0%}: {error:.1f} points."
 
