@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+# A console takes COLUMNS when it is made, which the command's is at its import; tests set their own later.
+os.environ.pop("COLUMNS", None)
+
+import minipeft.cli  # noqa: F401
+
+# isort: split
 import cases
 import numpy as np
 import pytest
