@@ -93,8 +93,8 @@ def gelu(x: Any, approximate: str = "none") -> Tensor:
 def swiglu(gate: Any, up: Any) -> Tensor:
     """silu(gate)·up, the gated activation of Llama's MLP (Shazeer 2020); both inputs (..., d).
 
-    dup = g·silu(gate), dgate = g·up·silu'(gate), from one sigmoid. It takes the time of `silu(gate) * up` and keeps gate
-    and up alone for backward, where that keeps silu(gate) as well; in parts its temporaries are small.
+    dup = g·silu(gate), dgate = g·up·silu'(gate), from one sigmoid. It takes the time of `silu(gate) * up` and keeps
+    gate and up alone for backward, where that keeps silu(gate) as well; in parts its temporaries are small.
     """
     gate, up = operands("swiglu", gate, up)
     if gate.shape != up.shape:
