@@ -1,4 +1,4 @@
-"""Two ways to keep every processor busy: parts of a batch side by side, and element-wise work in cache-sized parts.
+"""Parts of a batch side by side, element-wise work in cache-sized parts, and the BLAS that NumPy multiplies with.
 
 NumPy releases the GIL while it computes, so Python threads run NumPy side by side. BLAS has threads of its own, which
 wait for each other by spinning: while they are awake a Python thread on their processor is slower than none (an
