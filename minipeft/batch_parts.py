@@ -32,7 +32,7 @@ def over_batch(fn: Callable[..., Tensor], module: Module, *args: Tensor | Array 
     """
     x = args[0]
     count = min(threads.available(), len(x)) if x.size >= LEAST and get_namespace(x.data) is np else 1
-    if count < 2 or (module.training and _stays_whole(module)):
+    if count < 2 or _stays_whole(module):
         return fn(*args)
     ends = [len(x) * (i + 1) // count for i in range(count)]
     parts = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -47,8 +47,18 @@ def in_parts(work: Callable[[int, int], None], n: int, xp: ModuleType, width: in
 
 
 def inside() -> bool:
-    """Whether this is one of the tasks that `side_by_side` runs at the same time."""
+    """Whether this is one of the tasks of a `side_by_side`, or inside `one_by_one`: nothing splits any further."""
     return _inside.get()
+
+
+@contextlib.contextmanager
+def one_by_one() -> Iterator[None]:
+    """Inside, `side_by_side` runs tasks one after the other: where each would hold what is to be there only once."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
 
 
 def available() -> int:
@@ -66,18 +76,14 @@ def side_by_side(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
     """
     if len(tasks) < 2 or available() < 2:
         return [task() for task in tasks]
-    token = _inside.set(True)
-    try:
-        with _one_blas_thread():
-            others = [_pool(os.getpid()).submit(contextvars.copy_context().run, task) for task in tasks[1:]]
-            try:
-                first = tasks[0]()
-            finally:  # nobody else may see the arrays while they are still written to
-                for other in others:
-                    other.exception()
-            return [first, *[other.result() for other in others]]
-    finally:
-        _inside.reset(token)
+    with one_by_one(), _one_blas_thread():  # no task splits again
+        others = [_pool(os.getpid()).submit(contextvars.copy_context().run, task) for task in tasks[1:]]
+        try:
+            first = tasks[0]()
+        finally:  # nobody else may see the arrays while they are still written to
+            for other in others:
+                other.exception()
+        return [first, *[other.result() for other in others]]
 
 
 @functools.cache

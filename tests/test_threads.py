@@ -10,6 +10,7 @@ import pytest
 
 from minipeft import LoraConfig, Tensor, batch_parts, get_peft_model, no_grad, ops, threads
 from minipeft.backend import count_flops
+from minipeft.methods.lora_ga import weight_gradients
 from minipeft.nn import Linear, Module
 from minipeft.tensor import Held, is_grad_enabled, multi_result
 
@@ -199,6 +200,32 @@ class _Net(Module):
 
     def forward(self, x):
         return self.fc(x)
+
+
+def test_whole_weights_train_on_the_whole_batch(two_threads, monkeypatch):
+    model, ids = _models()["all weights"](), np.arange(8).reshape(2, 4)
+    monkeypatch.setattr(threads, "side_by_side", lambda tasks: pytest.fail("split"))
+    monkeypatch.setattr(batch_parts, "MOST", 0)
+    for mode in (True, False):
+        model.train(mode)
+        model.model(ids)
+    monkeypatch.setattr(batch_parts, "MOST", 1 << 24)
+    with pytest.raises(pytest.fail.Exception):
+        model.model(ids)
+
+
+def test_lora_ga_s_budget_of_gradients_is_held_once(two_threads, monkeypatch):
+    """Each part of a batch would hold the gradients of the whole group."""
+    model, ids = cases.llama(), np.arange(8).reshape(2, 4)
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    loss_fn = lambda model, batch: model.loss(batch)  # noqa: E731
+    whole = []
+    side_by_side = threads.side_by_side
+    monkeypatch.setattr(threads, "side_by_side", lambda tasks: whole.append(len(tasks)) or side_by_side(tasks))
+    found = dict(weight_gradients(model, names, [ids], loss_fn))
+    assert max(whole, default=1) == 1
+    assert list(found) == names
+    assert threads.available() == 2
 
 
 def test_a_second_backward_says_so(two_threads):

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import backend
+from .. import backend, threads
 from ..backend import Array, get_namespace
 from ..nn import Dropout, Module
 from ..quant.linear import QuantizedLinear
@@ -192,13 +192,14 @@ def weight_gradients(
         for group in _groups(sizes, budget):
             for name in group:
                 weights[name].requires_grad, weights[name].grad = True, None
-            for batch in batches:
-                loss = loss_fn(model, batch)
-                if not isinstance(loss, Tensor):
-                    raise TypeError(f"loss_fn: expected a Tensor with one element, got {type(loss).__name__}")
-                if loss.requires_grad:  # else no weight of this group is in the graph, which is refused below
-                    (loss * (1 / len(batches))).backward()
-                del loss
+            with threads.one_by_one():  # parts of a batch would each hold the group's gradients, beyond the budget
+                for batch in batches:
+                    loss = loss_fn(model, batch)
+                    if not isinstance(loss, Tensor):
+                        raise TypeError(f"loss_fn: expected a Tensor with one element, got {type(loss).__name__}")
+                    if loss.requires_grad:  # else no weight of this group is in the graph, which is refused below
+                        (loss * (1 / len(batches))).backward()
+                    del loss
             for name in group:
                 G, weights[name].grad, weights[name].requires_grad = weights[name].grad, None, False
                 if G is None:
