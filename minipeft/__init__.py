@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import blas  # noqa: F401  # isort: skip  # before anything loads NumPy: it asks for the faster kernel
 from . import backend, nn, ops, optim
 from .backend import set_default_dtype
 from .tensor import Tensor, no_grad

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .threads import openblas
+from .blas import asked, faster_kernel, openblas
 
 SETTINGS = (
     "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
@@ -58,7 +58,7 @@ class DoctorReport:
     machine: dict[str, Any]
     settings: dict[str, str]
     gflops: dict[int, float]  # float32 matmul, by number of threads (0: threads unknown)
-    alternative: tuple[str, float] | None  # a kernel of a higher level, and its GFLOP/s with all threads
+    alternative: tuple[str, float] | None  # a kernel that may be faster, and its GFLOP/s with all threads
     bandwidth: float  # GB/s, bytes read plus bytes written by a copy that no cache holds
     products_exact: bool
     problems: list[tuple[str, str]]
@@ -120,9 +120,12 @@ def machine_summary() -> dict[str, Any]:
 # --- what is wrong ----------------------------------------------------------------------------------------------------
 
 
-def higher_kernel(kernel: str | None, flags: frozenset[str]) -> str | None:
-    """A kernel of a higher level than the running one that a processor with these flags can run, else None."""
+def other_kernel(kernel: str | None, flags: frozenset[str], faster: str | None = None) -> str | None:
+    """A kernel to compare the running one with: `faster` (from `blas.faster_kernel`) unless that is what runs, else one
+    of a higher level that a processor with these flags can run; None if there is none."""
     running = KERNELS.get((kernel or "").lower(), len(LEVELS))  # one that is not known is not judged
+    if faster and running not in (KERNELS[faster.lower()], len(LEVELS)):
+        return faster
     possible = {
         "SkylakeX": {"avx512f", "avx512vl", "avx512bw", "avx512dq"} <= flags,
         "Haswell": {"avx2", "fma"} <= flags,
@@ -132,24 +135,24 @@ def higher_kernel(kernel: str | None, flags: frozenset[str]) -> str | None:
 
 
 def kernel_problem(
-    kernel: str, speed: float, higher: str, higher_speed: float, settings: Mapping[str, str]
+    kernel: str, speed: float, other: str, other_speed: float, settings: Mapping[str, str]
 ) -> tuple[str, str] | None:
-    """(finding, remedy) when OpenBLAS could run the `higher` kernel and that is measurably faster, else None.
+    """(finding, remedy) when OpenBLAS could run the `other` kernel and that is measurably faster, else None.
 
-    The level alone decides nothing: on a processor that splits 512-bit operations in two (Zen 4), Haswell's kernel
-    reached 111 GFLOP/s a core and SkylakeX's 102. A tenth is asked for because two runs differ by some per cent.
+    The level alone decides nothing (see `blas.faster_kernel`). A tenth is asked for because two runs differ by some
+    per cent.
     """
-    if higher_speed < 1.1 * speed:
+    if other_speed < 1.1 * speed:
         return None
-    has, could = (LEVELS[KERNELS[name.lower()]] for name in (kernel, higher))
+    has, could = (LEVELS[KERNELS[name.lower()]] for name in (kernel, other))
     finding = (
         f"OpenBLAS runs its {kernel} kernel ({has}, {speed:.0f} GFLOP/s), "
-        f"but this processor reaches {higher_speed:.0f} GFLOP/s with {higher} ({could})"
+        f"but this processor reaches {other_speed:.0f} GFLOP/s with {other} ({could})"
     )
     given = [name for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE") if name in settings]
     if "OPENBLAS_CORETYPE" in given:
         return finding, f"unset {' '.join(given)}"
-    return finding, f"export OPENBLAS_CORETYPE={higher}"
+    return finding, f"export OPENBLAS_CORETYPE={other}"
 
 
 def thread_problem(threads: int | None, cpus: int, settings: Mapping[str, str]) -> tuple[str, str] | None:
@@ -232,10 +235,10 @@ def report(n: int = 1024, megabytes: int = 128, seconds: float = 0.3) -> DoctorR
             blas.set_threads(blas.threads)
     gflops[blas.threads or 0] = speed = matmul_gflops(n, seconds)
     problems = [contention_problem(gflops), thread_problem(blas.threads, machine["cpus"], settings)]
-    higher = higher_kernel(blas.kernel, cpu_info()[1])
-    higher_speed = gflops_with(higher, n, seconds) if higher else None
-    if blas.kernel and higher and higher_speed:
-        problems.append(kernel_problem(blas.kernel, speed, higher, higher_speed, settings))
+    other = other_kernel(blas.kernel, cpu_info()[1], faster_kernel())
+    other_speed = gflops_with(other, n, seconds) if other else None
+    if blas.kernel and other and other_speed:
+        problems.append(kernel_problem(blas.kernel, speed, other, other_speed, settings))
     exact = products_exact()
     if not exact:
         problems.append(("this BLAS computes wrong float32 products here", 'pip install --upgrade "numpy>=2.0"'))
@@ -243,7 +246,7 @@ def report(n: int = 1024, megabytes: int = 128, seconds: float = 0.3) -> DoctorR
         machine=machine,
         settings=settings,
         gflops=gflops,
-        alternative=(higher, higher_speed) if higher and higher_speed else None,
+        alternative=(other, other_speed) if other and other_speed else None,
         bandwidth=copy_bandwidth(megabytes, seconds),
         products_exact=exact,
         problems=[problem for problem in problems if problem],
@@ -260,7 +263,8 @@ def show(found: DoctorReport, console: Any) -> None:
     table.add_row("NumPy, SciPy", f"{m['numpy']}, {m['scipy']}")
     table.add_row("processor", f"{m['cpu']}, {m['cpus']} usable")
     table.add_row("BLAS", m["blas"])
-    table.add_row("kernel", m["kernel"] or "unknown (this library does not tell)")
+    chosen = " (minipeft asks OpenBLAS for it on this processor)" if asked else ""
+    table.add_row("kernel", (m["kernel"] or "unknown (this library does not tell)") + chosen)
     table.add_row("threads", str(m["threads"] or "unknown"))
     table.add_row("settings", "\n".join(f"{k}={v}" for k, v in found.settings.items()) or "none set")
     for threads, speed in found.gflops.items():

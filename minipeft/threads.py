@@ -1,4 +1,4 @@
-"""Parts of a batch side by side, element-wise work in cache-sized parts, and the BLAS that NumPy multiplies with.
+"""Parts of a batch side by side, and element-wise work in cache-sized parts.
 
 NumPy releases the GIL while it computes, so Python threads run NumPy side by side. BLAS has threads of its own, which
 wait for each other by spinning: while they are awake a Python thread on their processor is slower than none (an
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import backend
+from . import backend, blas
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +63,7 @@ def one_by_one() -> Iterator[None]:
 
 def available() -> int:
     """How many tasks `side_by_side` would run at a time, here and now; 1 where they come one after the other."""
-    apart = inside() or backend.flop_counter is not None or openblas("openblas_set_num_threads") is None
+    apart = inside() or backend.flop_counter is not None or blas.openblas("openblas_set_num_threads") is None
     return 1 if apart else threads()
 
 
@@ -76,7 +76,7 @@ def side_by_side(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
     """
     if len(tasks) < 2 or available() < 2:
         return [task() for task in tasks]
-    with one_by_one(), _one_blas_thread():  # no task splits again
+    with one_by_one(), blas.one_thread():  # no task splits again
         others = [_pool(os.getpid()).submit(contextvars.copy_context().run, task) for task in tasks[1:]]
         try:
             first = tasks[0]()
@@ -92,46 +92,3 @@ def _pool(process: int) -> ThreadPoolExecutor:
     from concurrent.futures import ThreadPoolExecutor  # imported here: it would cost every `import minipeft` 5 ms
 
     return ThreadPoolExecutor(max(1, threads() - 1), thread_name_prefix="minipeft")
-
-
-# --- NumPy's BLAS -----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    set_threads, before = openblas("openblas_set_num_threads"), openblas("openblas_get_num_threads")()
-    set_threads(1)
-    try:
-        yield
-    finally:
-        set_threads(before)
-
-
-@functools.cache
-def openblas(name: str) -> Any:
-    """A function of the OpenBLAS that NumPy multiplies with; None where it is another library, or has no such function.
-
-    NumPy's wheels rename the symbols of their OpenBLAS; system builds do not.
-    """
-    library = _library()
-    spellings = [f"{prefix}{name}{suffix}" for prefix in ("scipy_", "") for suffix in ("64_", "", "_64")]
-    return next((getattr(library, s) for s in spellings if library is not None and hasattr(library, s)), None)
-
-
-@functools.cache
-def _library() -> Any:
-    """The OpenBLAS file mapped into this process (Linux), else the one in NumPy's wheel, else None."""
-    import ctypes  # imported here, as the next two: every `import minipeft` would pay for them
-    import re
-    from pathlib import Path
-
-    maps = Path("/proc/self/maps")
-    mapped = re.findall(r"(/.*openblas.*)$", maps.read_text(), re.M) if maps.exists() else []
-    root = Path(np.__file__).parent
-    bundled = [p for folder in (root.parent / "numpy.libs", root / ".dylibs") for p in folder.glob("*openblas*")]
-    ours = [Path(p) for p in mapped if "numpy" in p]  # SciPy's wheel brings its own OpenBLAS: not that one
-    path = next(iter(ours + [Path(p) for p in mapped if "scipy.libs" not in p] + bundled), None)
-    try:
-        return ctypes.CDLL(str(path)) if path else None
-    except OSError:
-        return None

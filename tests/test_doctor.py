@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from minipeft import doctor
+from minipeft import blas, doctor
 
 AVX2 = {"sse4_2", "avx", "avx2", "fma"}
 AVX512 = AVX2 | {"avx512f", "avx512vl", "avx512bw", "avx512dq"}
@@ -42,8 +42,45 @@ def test_cpu_info_of_an_unknown_system_has_no_flags():
         (None, AVX512, None),
     ],
 )
-def test_higher_kernel_is_one_that_the_flags_allow(kernel: str | None, flags: set[str], expected: str | None):
-    assert doctor.higher_kernel(kernel, frozenset(flags)) == expected
+def test_a_higher_kernel_is_one_that_the_flags_allow(kernel: str | None, flags: set[str], expected: str | None):
+    assert doctor.other_kernel(kernel, frozenset(flags)) == expected
+
+
+@pytest.mark.parametrize(("kernel", "expected"), [("SkylakeX", "Haswell"), ("Haswell", "SkylakeX"), (None, None)])
+def test_the_faster_kernel_is_compared_with_the_one_that_openblas_chooses(kernel: str | None, expected: str | None):
+    assert doctor.other_kernel(kernel, frozenset(AVX512), "Haswell") == expected
+
+
+def cpuinfo(vendor: str, family: int, flags: str) -> str:
+    return f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\nflags\t\t: fpu {flags}\n\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (cpuinfo("AuthenticAMD", 25, "avx2 avx512f avx512bw"), "Haswell"),  # Zen 4
+        (cpuinfo("AuthenticAMD", 25, "avx2 fma"), None),  # Zen 3: OpenBLAS chooses Zen
+        (cpuinfo("AuthenticAMD", 26, "avx2 avx512f"), None),  # Zen 5 has 512-bit units
+        (cpuinfo("GenuineIntel", 6, "avx2 avx512f"), None),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", None),
+        ("", None),
+    ],
+)
+def test_only_on_zen_4_is_another_kernel_asked_for(text: str, expected: str | None):
+    assert blas.faster_kernel(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "given", "asks"),
+    [("", None, True), ("import numpy", None, False), ("", "Nehalem", False)],
+    ids=["minipeft first", "numpy first", "the user's choice"],
+)
+def test_the_kernel_is_asked_for_before_numpy_loads_and_the_environment_stays(code: str, given: str | None, asks: bool):
+    program = f"{code}\nimport os, minipeft.blas as b\nprint(b.asked, os.environ.get('OPENBLAS_CORETYPE'))"
+    environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"}
+    environment |= {"OPENBLAS_CORETYPE": given} if given else {}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(blas.faster_kernel() if asks else None), str(given)]
 
 
 def test_a_slower_kernel_is_a_problem_with_a_remedy():
@@ -129,8 +166,7 @@ def test_every_row_and_every_problem_is_shown():
 
 def test_a_kernel_set_by_hand_is_seen_and_warned_of():
     """The real thing: OpenBLAS told to run its SSE kernel, on a processor that has more."""
-    higher = doctor.higher_kernel("Nehalem", doctor.cpu_info()[1])
-    if higher is None or doctor.find_blas().kernel is None:
+    if doctor.other_kernel("Nehalem", doctor.cpu_info()[1]) is None or doctor.find_blas().kernel is None:
         pytest.skip("needs OpenBLAS on an x86 processor with AVX")
     run = subprocess.run(
         [sys.executable, "-m", "minipeft", "doctor"],

@@ -8,7 +8,7 @@ import llama_cases as cases
 import numpy as np
 import pytest
 
-from minipeft import LoraConfig, Tensor, batch_parts, get_peft_model, no_grad, ops, threads
+from minipeft import LoraConfig, Tensor, batch_parts, blas, get_peft_model, no_grad, ops, threads
 from minipeft.backend import count_flops
 from minipeft.methods.lora_ga import weight_gradients
 from minipeft.nn import Linear, Module
@@ -21,7 +21,7 @@ def two_threads(monkeypatch):
     monkeypatch.setattr(threads, "threads", lambda: 2)
     monkeypatch.setattr(batch_parts, "LEAST", 0)
     monkeypatch.setattr(ops.losses, "_LEAST", 0)
-    if threads.openblas("openblas_set_num_threads") is None:
+    if blas.openblas("openblas_set_num_threads") is None:
         pytest.skip("the number of BLAS threads cannot be set here")
 
 
@@ -70,7 +70,7 @@ def test_tasks_see_the_settings_of_who_asked(two_threads):
 
 @pytest.mark.parametrize("broken", [0, 1])
 def test_an_error_in_a_task_is_raised_when_all_have_ended(two_threads, broken):
-    get_threads = threads.openblas("openblas_get_num_threads")
+    get_threads = blas.openblas("openblas_get_num_threads")
     before, ended = get_threads(), []
 
     def task(i: int) -> None:
