@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llama_cases import batch as llama_batch
 from llama_cases import llama
-from twins import Net, batch
+from twins import LINEARS, Net, batch, outputs
 
 from minipeft import AdaLoraConfig, LoraConfig, PeftModel, Tensor, fit, get_peft_model, gradcheck, ops, optim
 from minipeft.backend import count_flops, get_namespace, to_numpy
@@ -360,11 +360,6 @@ VARIANTS = [
     {"orthogonality": "gram-schmidt"},
     {"importance": "magnitude", "orthogonality": "gram-schmidt", "lora_dropout": 0.2},
 ]
-MODULES = ["fc", "layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj"]
-
-
-def outputs(model, dtype=None):
-    return model(Tensor(X.astype(dtype or next(model.parameters()).dtype))).data
 
 
 def optimizer_of(model, lr=0.05):
@@ -410,7 +405,7 @@ def test_fit_prunes_to_the_target_and_leaves_the_base_as_it_was(options):
     assert history.loss[-1] < history.loss[0]
     assert base == {n: p.data.tobytes() for n, p in model.named_parameters() if not p.requires_grad}
     ranks = model.method.ranks(model)
-    assert list(ranks) == MODULES
+    assert list(ranks) == LINEARS
     assert sum(ranks.values()) == 2 * 5
     for name, layer in model.method.layers(model):
         assert np.count_nonzero(layer.lora_E["default"].data) == ranks[name]
@@ -420,7 +415,7 @@ def test_fit_prunes_to_the_target_and_leaves_the_base_as_it_was(options):
 def test_the_record_of_ranks_follows_the_schedule(options):
     model = trained(**options)
     record = model.method.rank_history
-    assert record[0] == (0, dict.fromkeys(MODULES, 3))
+    assert record[0] == (0, dict.fromkeys(LINEARS, 3))
     assert [done for done, _ in record] == [0, 4, 6, 8, 9]  # tinit = 2, every deltaT = 2, total − tfinal = 9
     for done, ranks in record[1:]:
         expected = rank_budget(done, total_step=12, tinit=2, tfinal=3, init_budget=15, target_budget=10)
@@ -463,7 +458,7 @@ def test_budget_goes_where_the_scores_are_high():
 
 def test_equal_ranks_at_start_and_end_prune_nothing():
     model = trained(target_r=3)
-    assert model.method.ranks(model) == dict.fromkeys(MODULES, 3)
+    assert model.method.ranks(model) == dict.fromkeys(LINEARS, 3)
 
 
 def test_gram_schmidt_keeps_the_factors_orthonormal_and_the_penalty_brings_them_there():

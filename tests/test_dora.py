@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cases import llama
+from peft_references import DORA_CONFIG, DORA_REFERENCE, base_of, kept_in, part
 from safetensors.numpy import load_file
-from twins import DORA_CONFIG, DORA_REFERENCE, LR, STEPS, Net, batch
+from twins import Net, assert_all_close, batch, gradients, loss_curve, outputs, randomize, start_from
 
-from minipeft import LoraConfig, PeftModel, Tensor, backend, fit, get_peft_model, gradcheck, nn, ops, optim
+from minipeft import LoraConfig, PeftModel, Tensor, backend, fit, get_peft_model, gradcheck, optim
 from minipeft.backend import get_namespace, to_numpy
 from minipeft.methods.dora import (
     Dora,
@@ -313,18 +314,6 @@ def config(**options):
     return LoraConfig(**{"r": 2, "lora_alpha": 3, "use_dora": True, **options})
 
 
-def randomize(model, seed=3):
-    rng = np.random.default_rng(seed)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = p.data + 0.3 * rng.standard_normal(p.shape).astype(p.dtype)
-    return model
-
-
-def outputs(model):
-    return model(Tensor(X.astype(next(model.parameters()).dtype))).data
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("options", CONFIGS)
 def test_a_model_starts_as_its_base(dtype, options):
@@ -498,64 +487,44 @@ def test_a_language_model_trains_merges_saves_and_loads(options, tmp_path):
         np.testing.assert_array_equal(model(ids).data, before)
 
 
-# --- beside PEFT, by the numbers it gave (twins.dora_reference) -------------------------------------------------------
+# --- beside PEFT, by the numbers it gave (peft_references.dora_reference) ---------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def kept():
-    with np.load(DORA_REFERENCE / "values.npz", allow_pickle=False) as values:
-        return dict(values)
-
-
-def part(kept, prefix):
-    return {name.removeprefix(prefix): a for name, a in kept.items() if name.startswith(prefix)}
-
-
-def reference_base(kept, dtype):
-    base = Net(dtype, seed=9)
-    base.load_state_dict(part(kept, "base."))
-    return base
+    return kept_in(DORA_REFERENCE)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_an_adapter_that_peft_wrote_gives_the_outputs_that_peft_gave(kept, dtype, xp):
     x, _ = batch(dtype)
-    model = PeftModel.from_pretrained(reference_base(kept, dtype).to(xp), DORA_REFERENCE)
+    model = PeftModel.from_pretrained(base_of(kept, dtype).to(xp), DORA_REFERENCE)
     found = to_numpy(model(Tensor(xp.asarray(x))).data)
     # 1e-12 and 1e-5: logits of about 5 from sums of 6 products, in float64 and in float32
     np.testing.assert_allclose(found, kept["outputs.float64"], rtol=0, atol=1e-12 if dtype == "float64" else 1e-5)
 
 
 def test_gradients_of_an_adapter_that_peft_wrote_are_pefts(kept):
-    model = PeftModel.from_pretrained(reference_base(kept, "float64"), DORA_REFERENCE, is_trainable=True)
-    x, y = batch()
-    ops.cross_entropy(model(Tensor(x)), y).backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    expected = part(kept, "gradient.")
-    assert found.keys() == expected.keys()
+    model = PeftModel.from_pretrained(base_of(kept, "float64"), DORA_REFERENCE, is_trainable=True)
+    found = gradients(model)
     assert sum("magnitude" in name for name in found) == 5
-    for name, gradient in expected.items():
-        np.testing.assert_allclose(found[name], gradient, rtol=0, atol=1e-12, err_msg=name)
+    assert_all_close(found, part(kept, "gradient."), atol=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [("float32", 2e-5), ("float64", 1e-11)])
 def test_thirty_steps_of_training_follow_pefts_losses(kept, dtype, rtol, tmp_path):
     """PyTorch's own float32 losses are up to 4e-6 (relative) away from its float64 ones."""
-    model = get_peft_model(reference_base(kept, dtype), LoraConfig(**DORA_CONFIG))
+    model = get_peft_model(base_of(kept, dtype), LoraConfig(**DORA_CONFIG))
     start, state = part(kept, "start."), model.adapter_state()
     assert state.keys() == start.keys()
     for name, p in state.items():
         if "magnitude" in name:  # made of W here and there
             np.testing.assert_allclose(p.data, start[name], rtol=1e-6)
-        nn.assign(p, start[name])
-    x, y = batch(dtype)
-    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
-    history = fit(model, [(Tensor(x), y)], steps=STEPS, optimizer=optimizer, progress=False)
-    np.testing.assert_allclose(history.loss, kept[f"losses.{dtype}"], rtol=rtol)
-    assert history.loss[-1] < 0.3 * history.loss[0]
+    start_from(model, start)
+    losses = loss_curve(model)
+    np.testing.assert_allclose(losses, kept[f"losses.{dtype}"], rtol=rtol)
+    assert losses[-1] < 0.3 * losses[0]
     if dtype == "float64":  # and ends at the adapter that PEFT wrote
         model.save_pretrained(tmp_path)
         found, expected = (load_file(d / "adapter_model.safetensors") for d in (tmp_path, DORA_REFERENCE))
-        assert found.keys() == expected.keys()
-        for name, a in expected.items():
-            np.testing.assert_allclose(found[name], a, rtol=0, atol=1e-10, err_msg=name)
+        assert_all_close(found, expected, atol=1e-10)

@@ -4,8 +4,8 @@ import itertools
 import json
 
 import numpy as np
+import peft_references
 import pytest
-import twins
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cases import llama
@@ -216,13 +216,13 @@ def test_other_formulas_say_what_they_do_not_take():
 @pytest.mark.parametrize("scale", [scale for scale in SCALES if scale != "paper"])
 @pytest.mark.parametrize("direction", ["ArBr", "A2rBr", "ArB2r"])
 def test_start_values_are_those_that_peft_gave(direction, scale):
-    """Kept by twins.lora_ga_reference. 1e-4: PEFT's SVD is a randomized one in float32; a pair's sign is free."""
-    G, W = twins.lora_ga_problem()
-    options = twins.LORA_GA
+    """By peft_references. 1e-4: PEFT's SVD is a randomized one in float32; a pair's sign is free."""
+    G, W = peft_references.lora_ga_problem()
+    options = peft_references.LORA_GA
     found = lora_ga_init(
         G, options["r"], scaling=options["scaling"], gamma=options["gamma"], direction=direction, scale=scale, W=W
     )
-    with np.load(twins.LORA_GA_REFERENCE, allow_pickle=False) as kept:
+    with np.load(peft_references.LORA_GA_REFERENCE, allow_pickle=False) as kept:
         A, B = (kept[f"{direction}.{scale}.{name}"] for name in "AB")
     for rows, expected in ((found[0], A), (found[1].T, B.T)):
         for row, other in zip(rows, expected, strict=True):

@@ -7,11 +7,11 @@ import re
 
 import numpy as np
 import pytest
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft_references import CONFIG, REFERENCE, base_of, kept_in, part
 from safetensors.numpy import load_file, save_file
-from twins import CONFIG, LINEARS, LR, REFERENCE, STEPS, Net
+from twins import LINEARS, Net, assert_all_close, batch, loss_curve, start_from
 
 from minipeft import LoraConfig, PeftModel, Tensor, fit, get_peft_model, nn, ops, optim
 from minipeft.backend import get_namespace, to_numpy
@@ -1060,29 +1060,18 @@ def test_any_value_in_the_config_loads_or_is_refused_with_the_model_unchanged(tm
         assert fingerprint(base) == before
 
 
-# --- beside PEFT, by the numbers it gave (twins.reference) ------------------------------------------------------------
+# --- beside PEFT, by the numbers it gave (peft_references.reference) --------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def kept():
-    with np.load(REFERENCE / "values.npz", allow_pickle=False) as values:
-        return dict(values)
-
-
-def part(kept, prefix):
-    return {name.removeprefix(prefix): a for name, a in kept.items() if name.startswith(prefix)}
-
-
-def reference_base(kept, dtype):
-    base = Net(dtype, seed=9)
-    base.load_state_dict(part(kept, "base."))
-    return base
+    return kept_in(REFERENCE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_an_adapter_that_peft_wrote_gives_the_outputs_that_peft_gave(kept, dtype, xp):
-    x, _ = twins.batch(dtype)
-    model = PeftModel.from_pretrained(reference_base(kept, dtype).to(xp), REFERENCE)
+    x, _ = batch(dtype)
+    model = PeftModel.from_pretrained(base_of(kept, dtype).to(xp), REFERENCE)
     found = to_numpy(model(Tensor(xp.asarray(x))).data)
     # 1e-12 and 1e-5: logits of about 5 from sums of 6 products, in float64 and in float32
     atol = 1e-12 if dtype == "float64" else 1e-5
@@ -1092,29 +1081,24 @@ def test_an_adapter_that_peft_wrote_gives_the_outputs_that_peft_gave(kept, dtype
 @pytest.mark.parametrize(("dtype", "rtol"), [("float32", 2e-5), ("float64", 1e-12)])
 def test_thirty_steps_of_training_follow_pefts_losses(kept, dtype, rtol, tmp_path):
     """PyTorch's own float32 losses are up to 2e-5 (relative) away from its float64 ones; so may these be."""
-    model = get_peft_model(reference_base(kept, dtype), LoraConfig(**CONFIG))
-    start, state = part(kept, "start."), model.adapter_state()
-    assert state.keys() == start.keys()
-    for name, p in state.items():
-        nn.assign(p, start[name])
-    x, y = twins.batch(dtype)
-    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
-    history = fit(model, [(Tensor(x), y)], steps=STEPS, optimizer=optimizer, progress=False)
-    np.testing.assert_allclose(history.loss, kept[f"losses.{dtype}"], rtol=rtol)
-    assert history.loss[-1] < 0.2 * history.loss[0]
+    model = get_peft_model(base_of(kept, dtype), LoraConfig(**CONFIG))
+    start = part(kept, "start.")
+    assert model.adapter_state().keys() == start.keys()
+    start_from(model, start)
+    losses = loss_curve(model)
+    np.testing.assert_allclose(losses, kept[f"losses.{dtype}"], rtol=rtol)
+    assert losses[-1] < 0.2 * losses[0]
     if dtype == "float64":  # and ends at the adapter that PEFT wrote
         model.save_pretrained(tmp_path)
         found, expected = (load_file(d / "adapter_model.safetensors") for d in (tmp_path, REFERENCE))
-        assert found.keys() == expected.keys()
-        for name, a in expected.items():
-            np.testing.assert_allclose(found[name], a, rtol=0, atol=1e-10, err_msg=name)
+        assert_all_close(found, expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_inits_from_the_weight_are_pefts(kept, init):
     """The factors' product and what is left of W; of the factors themselves a pair's common sign is free."""
     options = {"r": 2, "lora_alpha": 5, "target_modules": ["fc", "v_proj"], "init_lora_weights": init}
-    model = get_peft_model(reference_base(kept, "float32"), LoraConfig(**options))
+    model = get_peft_model(base_of(kept, "float32"), LoraConfig(**options))
     expected, found = part(kept, f"{init}."), model.state_dict()
     for name in ("base_model.model.fc.", "base_model.model.layers.0.v_proj."):
         weight, A, B = (f"{name}{p}.weight" for p in ("base_layer", "lora_A.default", "lora_B.default"))

@@ -6,12 +6,24 @@ import json
 
 import numpy as np
 import pytest
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twins import LINEARS, Net, torch_net
+from twins import (
+    LINEARS,
+    LR,
+    Net,
+    assert_all_close,
+    base,
+    batch,
+    gradients,
+    kinds,
+    outputs,
+    peft_state,
+    randomize,
+    start_from,
+)
 
-from minipeft import AdaLoraConfig, PeftModel, Tensor, fit, get_peft_model, nn, ops, optim
+from minipeft import AdaLoraConfig, PeftModel, Tensor, fit, get_peft_model, optim
 from minipeft.methods.adalora import rank_budget
 
 torch = pytest.importorskip("torch")
@@ -19,7 +31,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("peft.tuners.adalora")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs are not this project's to mend
-X, Y = twins.batch()
+X, Y = batch()
 # float64; PEFT divides by ranknum + 1e-5 in the weights' dtype and in another order
 SAME = {"rtol": 0, "atol": 1e-12}
 SCHEDULE = {"total_step": 40, "tinit": 5, "tfinal": 10, "deltaT": 3}
@@ -41,29 +53,6 @@ configs = st.fixed_dictionaries(
 )
 
 
-def outputs(model):
-    if isinstance(model, nn.Module):
-        return model(Tensor(X)).data
-    with torch.no_grad():
-        return model(torch.from_numpy(X)).numpy()
-
-
-def base(dtype="float64"):
-    """Net and its twin, with the same weights."""
-    model = Net(dtype)
-    return model, torch_net(model.state_dict())
-
-
-def randomize(model, seed=3):
-    """Move everything that trains away from its start, in either library."""
-    rng = np.random.default_rng(seed)
-    for _, p in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if p.requires_grad:
-            change = 0.3 * rng.standard_normal(tuple(p.shape))
-            p.data = p.data + (change if isinstance(p, Tensor) else torch.from_numpy(change))
-    return model
-
-
 def pair(config, directory):
     """The same adapter in both libraries, by a file from here."""
     ours, theirs = base()
@@ -72,21 +61,14 @@ def pair(config, directory):
     return ours, peft.PeftModel.from_pretrained(theirs, directory, is_trainable=True)
 
 
-def values(model):
-    """By name; PEFT's ranknum, which is init_r and is not saved, is a number here."""
-    found = {n: p.data if isinstance(p, Tensor) else p.detach().numpy() for n, p in model.named_parameters()}
-    return {n: a for n, a in found.items() if ".ranknum." not in n}
-
-
 @settings(max_examples=15)
 @given(configs)
 def test_names_shapes_and_flags_are_pefts(config):
     ours, theirs = base()
     ours = get_peft_model(ours, AdaLoraConfig(**config))
     theirs = peft.get_peft_model(theirs, peft.AdaLoraConfig(**config))
-    found, expected = ({n: (tuple(p.shape), p.requires_grad) for n, p in m.named_parameters()} for m in (ours, theirs))
     ranks = {n: p.item() for n, p in theirs.named_parameters() if ".ranknum." in n}
-    assert found == {n: v for n, v in expected.items() if n not in ranks}
+    assert kinds(ours) == {n: kind for n, kind in kinds(theirs).items() if n not in ranks}
     layers = dict(ours.adapter_layers())
     assert ranks == {f"base_model.model.{n}.ranknum.default": layer.ranknum["default"] for n, layer in layers.items()}
     for name, layer in layers.items():
@@ -99,17 +81,8 @@ def test_names_shapes_and_flags_are_pefts(config):
 def test_outputs_and_gradients_of_a_file_from_here_are_pefts(tmp_path, config):
     ours, theirs = pair(config, tmp_path)
     np.testing.assert_allclose(outputs(ours), outputs(theirs), **SAME)
-    ops.cross_entropy(ours(Tensor(X)), Y).backward()
-    torch.nn.functional.cross_entropy(theirs(torch.from_numpy(X)), torch.from_numpy(Y)).backward()
-    found = {n: p.grad for n, p in ours.named_parameters()}
-    expected = {n: None if p.grad is None else p.grad.numpy() for n, p in theirs.named_parameters()}
-    for name, gradient in expected.items():
-        if ".ranknum." in name:
-            continue
-        if gradient is None:
-            assert found[name] is None, name
-        else:
-            np.testing.assert_allclose(found[name], gradient, rtol=1e-9, atol=1e-11, err_msg=name)
+    expected = {n: g for n, g in gradients(theirs).items() if ".ranknum." not in n}
+    assert_all_close(gradients(ours), expected, rtol=1e-9, atol=1e-11)
 
 
 @settings(max_examples=10)
@@ -117,9 +90,7 @@ def test_outputs_and_gradients_of_a_file_from_here_are_pefts(tmp_path, config):
 def test_the_merged_and_unloaded_weights_are_pefts(tmp_path, config):
     ours, theirs = pair(config, tmp_path)
     found, expected = ours.merge_and_unload().state_dict(), theirs.merge_and_unload().state_dict()
-    assert found.keys() == expected.keys()
-    for name, a in found.items():
-        np.testing.assert_allclose(a, expected[name].numpy(), rtol=1e-12, atol=1e-13, err_msg=name)
+    assert_all_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
 def train_pefts(config, steps, seen=None):
@@ -129,11 +100,11 @@ def train_pefts(config, steps, seen=None):
     """
     torch.manual_seed(0)
     model = peft.get_peft_model(base()[1], peft.AdaLoraConfig(**config))
-    start = {n: t.numpy().copy() for n, t in peft.get_peft_model_state_dict(model).items()}
+    start = peft_state(model)
     for name, p in model.named_parameters():
         p.requires_grad = p.requires_grad and ".ranknum." not in name
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=twins.LR)
+    optimizer = torch.optim.AdamW(trained.values(), lr=LR)
     gradients, x, y = [], torch.from_numpy(X), torch.from_numpy(Y)
     for step in range(1, steps + 1):
         optimizer.zero_grad()
@@ -169,8 +140,7 @@ def test_a_whole_run_fed_pefts_gradients_has_its_scores_budgets_and_masks(config
     _, start, gradients = train_pefts(config, config["total_step"], seen)
     model = get_peft_model(Net(), AdaLoraConfig(**config, orth_reg_weight=0))
     ours = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    for name, p in model.adapter_state().items():
-        nn.assign(p, start[name])
+    start_from(model, start)
     method = model.method
     method.start(model, None)
     last, pattern = config["total_step"] - config["tfinal"], {}
@@ -222,9 +192,8 @@ def test_the_budget_is_pefts_at_every_step(data):
 def test_training_follows_pefts_losses_and_ends_at_its_ranks(config):
     theirs, start, _ = train_pefts(config, config["total_step"])
     ours = get_peft_model(Net(), AdaLoraConfig(**config, orth_reg_weight=0))
-    for name, p in ours.adapter_state().items():
-        nn.assign(p, start[name])
-    optimizer = optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=twins.LR)
+    start_from(ours, start)
+    optimizer = optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=LR)
     fit(ours, [(Tensor(X), Y)], steps=config["total_step"], optimizer=optimizer, progress=False)
     np.testing.assert_allclose(outputs(ours.eval()), outputs(theirs.eval()), rtol=0, atol=1e-9)
     pattern = theirs.peft_config["default"].rank_pattern

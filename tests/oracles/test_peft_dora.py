@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twins import LINEARS, Net, torch_net
+from twins import (
+    LINEARS,
+    assert_all_close,
+    base,
+    batch,
+    gradients,
+    kinds,
+    loss_curve,
+    outputs,
+    peft_state,
+    randomize,
+    start_from,
+    values,
+)
 
-from minipeft import LoraConfig, PeftModel, Tensor, fit, get_peft_model, nn, ops, optim
+from minipeft import LoraConfig, PeftModel, Tensor, get_peft_model, nn
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs are not this project's to mend
-X, Y = twins.batch()
+X, _ = batch()
 # float64 outputs of about 10: the same sums in another order, five layers deep
 SAME = {"rtol": 0, "atol": 1e-12}
 
@@ -35,29 +47,6 @@ configs = st.fixed_dictionaries(
 )
 
 
-def outputs(model):
-    if isinstance(model, nn.Module):
-        return model(Tensor(X)).data
-    with torch.no_grad():
-        return model(torch.from_numpy(X)).numpy()
-
-
-def base(dtype="float64"):
-    """Net and its twin, with the same weights."""
-    model = Net(dtype)
-    return model, torch_net(model.state_dict())
-
-
-def randomize(model, seed=3):
-    """Move everything that trains away from its start, in either library."""
-    rng = np.random.default_rng(seed)
-    for _, p in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if p.requires_grad:
-            change = 0.3 * rng.standard_normal(tuple(p.shape))
-            p.data = p.data + (change if isinstance(p, Tensor) else torch.from_numpy(change))
-    return model
-
-
 def pair(config, directory, trained=True):
     """The same adapter in both libraries, by a file from here."""
     ours, theirs = base()
@@ -67,28 +56,21 @@ def pair(config, directory, trained=True):
     return ours, peft.PeftModel.from_pretrained(theirs, directory, is_trainable=True)
 
 
-def values(model):
-    return {n: p.data if isinstance(p, Tensor) else p.detach().numpy() for n, p in model.named_parameters()}
-
-
 @settings(max_examples=15)
 @given(configs)
 def test_names_shapes_and_flags_are_pefts(config):
     ours, theirs = base()
     ours, theirs = get_peft_model(ours, LoraConfig(**config)), peft.get_peft_model(theirs, peft.LoraConfig(**config))
-    found, expected = ({n: (tuple(p.shape), p.requires_grad) for n, p in m.named_parameters()} for m in (ours, theirs))
-    assert found == expected
+    assert kinds(ours) == kinds(theirs)
 
 
 def test_magnitudes_start_as_pefts():
     ours, theirs = base()
     config = {"r": 2, "use_dora": True, "target_modules": LINEARS}
     ours, theirs = get_peft_model(ours, LoraConfig(**config)), peft.get_peft_model(theirs, peft.LoraConfig(**config))
-    a, b = values(ours), values(theirs)
-    names = [n for n in a if "magnitude" in n]
-    assert len(names) == len(LINEARS)
-    for name in names:
-        np.testing.assert_allclose(a[name], b[name], rtol=1e-14)
+    found, expected = ({n: a for n, a in values(m).items() if "magnitude" in n} for m in (ours, theirs))
+    assert len(found) == len(LINEARS)
+    assert_all_close(found, expected, rtol=1e-14)
 
 
 @settings(max_examples=20)
@@ -96,16 +78,7 @@ def test_magnitudes_start_as_pefts():
 def test_outputs_and_gradients_of_a_file_from_here_are_pefts(tmp_path, config):
     ours, theirs = pair(config, tmp_path)
     np.testing.assert_allclose(outputs(ours), outputs(theirs), **SAME)
-    ops.cross_entropy(ours(Tensor(X)), Y).backward()
-    torch.nn.functional.cross_entropy(theirs(torch.from_numpy(X)), torch.from_numpy(Y)).backward()
-    found = {n: p.grad for n, p in ours.named_parameters()}
-    expected = {n: None if p.grad is None else p.grad.numpy() for n, p in theirs.named_parameters()}
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        if gradient is None:
-            assert found[name] is None, name
-        else:
-            np.testing.assert_allclose(found[name], gradient, rtol=1e-9, atol=1e-11, err_msg=name)
+    assert_all_close(gradients(ours), gradients(theirs), rtol=1e-9, atol=1e-11)
 
 
 @settings(max_examples=15)
@@ -116,10 +89,7 @@ def test_a_file_from_peft_gives_the_same_outputs_here(tmp_path, config):
     theirs.save_pretrained(tmp_path)
     ours = PeftModel.from_pretrained(ours, tmp_path)
     np.testing.assert_allclose(outputs(ours), outputs(theirs), **SAME)
-    a, b = values(ours), values(theirs)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert_all_close(values(ours), values(theirs))
 
 
 @pytest.mark.parametrize("init", ["both", "pissa", "olora"])
@@ -133,9 +103,7 @@ def test_an_adapter_that_changed_its_base_is_saved_so_that_peft_needs_no_changed
 def test_the_merged_and_unloaded_weights_are_pefts(tmp_path, config):
     ours, theirs = pair(config, tmp_path)
     found, expected = ours.merge_and_unload().state_dict(), theirs.merge_and_unload().state_dict()
-    assert found.keys() == expected.keys()
-    for name, a in found.items():
-        np.testing.assert_allclose(a, expected[name].numpy(), rtol=1e-12, atol=1e-13, err_msg=name)
+    assert_all_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("second_dora", [False, True])
@@ -185,11 +153,10 @@ def test_dropout_with_the_same_mask_gives_pefts_outputs_and_gradients(tmp_path):
     np.testing.assert_allclose(y.data, expected.detach().numpy(), **SAME)
     (y * y).sum().backward()
     (expected * expected).sum().backward()
-    for name, p in theirs.named_parameters():
-        found = dict(ours.named_parameters())[name].grad
-        assert (found is None) == (p.grad is None), name
-        if found is not None:
-            np.testing.assert_allclose(found, p.grad.numpy(), rtol=1e-9, atol=1e-9, err_msg=name)
+    found, expected = (
+        {n: np.asarray(p.grad) for n, p in m.named_parameters() if p.grad is not None} for m in (ours, theirs)
+    )
+    assert_all_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-4), ("float64", 1e-11)])
@@ -198,11 +165,7 @@ def test_thirty_steps_follow_pefts_losses_to_rounding(dtype, rtol):
     ours, theirs = base(dtype)
     config = {"r": 2, "lora_alpha": 3, "use_dora": True, "target_modules": LINEARS}
     ours, theirs = get_peft_model(ours, LoraConfig(**config)), peft.get_peft_model(theirs, peft.LoraConfig(**config))
-    start = {n: t.numpy().copy() for n, t in peft.get_peft_model_state_dict(theirs).items()}
-    for name, p in ours.adapter_state().items():
-        nn.assign(p, start[name])
-    x, y = twins.batch(dtype)
-    optimizer = optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=twins.LR)
-    history = fit(ours, [(Tensor(x), y)], steps=twins.STEPS, optimizer=optimizer, progress=False)
-    np.testing.assert_allclose(history.loss, twins.torch_loss_curve(theirs, dtype), rtol=rtol)
-    assert history.loss[-1] < history.loss[0]
+    start_from(ours, peft_state(theirs))
+    losses = loss_curve(ours)
+    np.testing.assert_allclose(losses, loss_curve(theirs), rtol=rtol)
+    assert losses[-1] < losses[0]

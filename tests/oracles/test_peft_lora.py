@@ -7,57 +7,20 @@ import io
 import json
 
 import numpy as np
+import peft_references
 import pytest
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twins import LINEARS, Net, torch_net
+from twins import LINEARS, assert_all_close, base, kinds, loss_curve, outputs, peft_state, randomize, start_from, values
 
-from minipeft import LoraConfig, PeftModel, Tensor, fit, get_peft_model, nn, optim
+from minipeft import LoraConfig, PeftModel, get_peft_model, nn
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs are not this project's to mend
-X = twins.batch()[0]
 # float64 outputs of about 10: the same sums in another order, five layers deep
 SAME = {"rtol": 0, "atol": 1e-12}
-
-
-def outputs(model, dtype="float64"):
-    x = X.astype(dtype)
-    if isinstance(model, nn.Module):
-        return model(Tensor(x)).data
-    with torch.no_grad():
-        return model(torch.from_numpy(x)).numpy()
-
-
-def base(dtype="float64"):
-    """Net and its twin, with the same weights."""
-    model = Net(dtype)
-    return model, torch_net(model.state_dict())
-
-
-def randomize(model, seed=3):
-    """Move everything that trains away from its start, in either library."""
-    rng = np.random.default_rng(seed)
-    for _, p in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if not p.requires_grad:
-            continue
-        change = 0.3 * rng.standard_normal(tuple(p.shape))
-        if isinstance(p, Tensor):
-            p.data = p.data + change.astype(p.dtype)
-        else:
-            p.data += torch.from_numpy(change).to(p.dtype)
-    return model
-
-
-def parameters(model):
-    """name -> (shape, trains) and name -> values, in either library."""
-    named = dict(model.named_parameters())
-    values = {n: p.data if isinstance(p, Tensor) else p.detach().numpy() for n, p in named.items()}
-    return {n: (tuple(p.shape), p.requires_grad) for n, p in named.items()}, values
-
 
 configs = st.fixed_dictionaries(
     {
@@ -89,7 +52,7 @@ configs = st.fixed_dictionaries(
 def test_parameter_names_shapes_flags_and_counts_are_pefts(config):
     ours, theirs = base()
     ours, theirs = get_peft_model(ours, LoraConfig(**config)), peft.get_peft_model(theirs, peft.LoraConfig(**config))
-    assert parameters(ours)[0] == parameters(theirs)[0]
+    assert kinds(ours) == kinds(theirs)
     printed = []
     for model in (ours, theirs):
         with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -106,10 +69,7 @@ def test_an_adapter_saved_here_loads_in_peft_with_the_same_outputs(tmp_path, con
     ours.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
     np.testing.assert_allclose(outputs(theirs), outputs(ours), **SAME)
-    a, b = parameters(ours)[1], parameters(theirs)[1]
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert_all_close(values(ours), values(theirs))
 
 
 @settings(max_examples=25)
@@ -120,10 +80,7 @@ def test_an_adapter_saved_by_peft_loads_here_with_the_same_outputs(tmp_path, con
     theirs.save_pretrained(tmp_path)
     ours = PeftModel.from_pretrained(ours, tmp_path)
     np.testing.assert_allclose(outputs(ours), outputs(theirs), **SAME)
-    a, b = parameters(ours)[1], parameters(theirs)[1]
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert_all_close(values(ours), values(theirs))
 
 
 def test_an_adapter_that_named_modules_pefts_model_did_not_have_loads_here(tmp_path):
@@ -158,7 +115,7 @@ def test_all_linear_saved_here_means_the_same_layers_in_peft(tmp_path):
     ours = randomize(get_peft_model(ours, LoraConfig(r=2, target_modules="all-linear")))
     ours.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
-    assert parameters(ours)[0].keys() == parameters(theirs)[0].keys()
+    assert kinds(ours).keys() == kinds(theirs).keys()
     np.testing.assert_allclose(outputs(theirs), outputs(ours), **SAME)
 
 
@@ -218,7 +175,7 @@ def test_an_adapter_that_changed_pefts_base_loads_here(init, converted, tmp_path
         randomize(theirs).save_pretrained(tmp_path / "end")
     ours = PeftModel.from_pretrained(ours, tmp_path / "end")
     # 1e-4: outputs of about 10 in float32, through a decomposition and back
-    np.testing.assert_allclose(outputs(ours, "float32"), outputs(theirs, "float32"), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(outputs(ours), outputs(theirs), rtol=0, atol=1e-4)
 
 
 def test_random_starts_have_pefts_distribution():
@@ -265,7 +222,7 @@ def test_two_adapters_switch_and_add_up_as_pefts(tmp_path):
         np.testing.assert_allclose(outputs(ours), outputs(theirs), **SAME)
     ours.set_adapter("default")
     theirs.set_adapter("default")
-    assert parameters(ours)[0] == parameters(theirs)[0]
+    assert kinds(ours) == kinds(theirs)
     with ours.disable_adapter(), theirs.disable_adapter():
         np.testing.assert_allclose(outputs(ours), outputs(theirs), **SAME)
 
@@ -276,9 +233,7 @@ def test_merged_weights_are_pefts(names, tmp_path):
     ours.merge_adapter(names)
     theirs.merge_adapter(names)
     np.testing.assert_allclose(outputs(ours), outputs(theirs), **SAME)
-    a, b = parameters(ours)[1], parameters(theirs)[1]
-    for name in a:
-        np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-14, err_msg=name)  # one sum, one rounding
+    assert_all_close(values(ours), values(theirs), atol=1e-14)  # one sum, one rounding
     ours.unmerge_adapter()
     theirs.unmerge_adapter()
     np.testing.assert_allclose(outputs(ours), outputs(theirs), **SAME)
@@ -291,10 +246,7 @@ def test_the_merged_and_unloaded_model_is_pefts(tmp_path, config):
     ours = randomize(get_peft_model(ours, LoraConfig(**config)))
     ours.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).merge_and_unload()
-    found, expected = ours.merge_and_unload().state_dict(), theirs.state_dict()
-    assert found.keys() == expected.keys()
-    for name, a in found.items():
-        np.testing.assert_allclose(a, expected[name].numpy(), rtol=0, atol=1e-14, err_msg=name)
+    assert_all_close(ours.merge_and_unload().state_dict(), theirs.state_dict(), atol=1e-14)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -308,28 +260,21 @@ def test_thirty_steps_follow_pefts_losses_to_rounding(config, precision):
     (dtype, rtol), config = precision, config | {"lora_dropout": 0.0}
     ours, theirs = base(dtype)
     ours, theirs = get_peft_model(ours, LoraConfig(**config)), peft.get_peft_model(theirs, peft.LoraConfig(**config))
-    start = {n: t.numpy().copy() for n, t in peft.get_peft_model_state_dict(theirs).items()}
-    for name, p in ours.adapter_state().items():
-        nn.assign(p, start[name])
-    x, y = twins.batch(dtype)
-    optimizer = optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=twins.LR)
-    history = fit(ours, [(Tensor(x), y)], steps=twins.STEPS, optimizer=optimizer, progress=False)
-    np.testing.assert_allclose(history.loss, twins.torch_loss_curve(theirs, dtype), rtol=rtol)
-    assert history.loss[-1] < history.loss[0]
+    start_from(ours, peft_state(theirs))
+    losses = loss_curve(ours)
+    np.testing.assert_allclose(losses, loss_curve(theirs), rtol=rtol)
+    assert losses[-1] < losses[0]
     if dtype == "float64":
-        a, b = parameters(ours)[1], parameters(theirs)[1]
-        for name in a:
-            np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-9, err_msg=name)
+        assert_all_close(values(ours), values(theirs), atol=1e-9)
 
 
 def test_the_kept_numbers_are_what_peft_gives_now(tmp_path):
-    twins.reference(tmp_path)
-    now, kept = (np.load(d / "values.npz", allow_pickle=False) for d in (tmp_path, twins.REFERENCE))
-    assert set(now.files) == set(kept.files)
-    for name in kept.files:
-        # another processor rounds otherwise: float32 sums to 2e-5, in a trained network's outputs as well
-        np.testing.assert_allclose(abs(now[name]), abs(kept[name]), rtol=2e-5, atol=2e-5, err_msg=name)
-    configs = [json.loads((d / "adapter_config.json").read_text()) for d in (tmp_path, twins.REFERENCE)]
+    directories = (tmp_path, peft_references.REFERENCE)
+    peft_references.reference(tmp_path)
+    now, kept = ({n: abs(a) for n, a in peft_references.kept_in(d).items()} for d in directories)
+    # another processor rounds otherwise: float32 sums to 2e-5, in a trained network's outputs as well
+    assert_all_close(now, kept, rtol=2e-5, atol=2e-5)
+    configs = [json.loads((d / "adapter_config.json").read_text()) for d in directories]
     for config in configs:
         config["target_modules"].sort()
         config["auto_mapping"] = config["peft_version"] = None

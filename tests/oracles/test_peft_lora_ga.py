@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 import twins
-from twins import Net, torch_net
+from twins import base, outputs, torch_net
 
 import minipeft
-from minipeft import PeftModel, Tensor, get_peft_model, nn
+from minipeft import PeftModel, get_peft_model, nn
 from minipeft.methods.lora_ga import DIRECTIONS, SCALES, lora_ga_init, weight_gradients
 from minipeft.train import classification_loss
 
@@ -20,7 +20,6 @@ loraga = pytest.importorskip("peft.tuners.lora.loraga")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs are not this project's to mend
 BATCHES = [twins.batch(seed=seed) for seed in (1, 2, 3)]
-X = BATCHES[0][0]
 LINEARS = twins.LINEARS[:-1]  # without the last: three classes give its gradient a rank of 2, and 2r = 4 are needed
 PEFTS = [scale for scale in SCALES if scale != "paper"]
 # PEFT's SVD is a randomized one in float32: its singular vectors have lengths within 3e-5 of 1
@@ -32,12 +31,6 @@ def config(library, direction="ArB2r", scale="stable", **options):
     chosen = library.LoraGAConfig(direction=direction, scale=scale, stable_gamma=4)
     options = {"r": 2, "lora_alpha": 3, "target_modules": LINEARS, **options}
     return library.LoraConfig(init_lora_weights="lora_ga", lora_ga_config=chosen, **options)
-
-
-def base():
-    """Net and its twin, with the same weights."""
-    model = Net()
-    return model, torch_net(model.state_dict())
 
 
 def losses(model):
@@ -63,13 +56,6 @@ def state(model):
         arrays = {name: t.detach().numpy() for name, t in model.state_dict().items()}
     names = ("base_layer.weight", "lora_A.default.weight", "lora_B.default.weight")
     return {layer: [arrays[f"base_model.model.{layer}.{name}"] for name in names] for layer in LINEARS}
-
-
-def outputs(model):
-    if isinstance(model, nn.Module):
-        return model(Tensor(X)).data
-    with torch.no_grad():
-        return model(torch.from_numpy(X)).numpy()
 
 
 def assert_same_but_for_signs(found, expected):
@@ -146,14 +132,9 @@ def test_pefts_randomized_svd_finds_the_same_vectors_of_a_larger_gradient(direct
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def moved(model, seed=3):
-    """Everything that trains moved away from its start, in either library."""
-    rng = np.random.default_rng(seed)
-    for _, p in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if p.requires_grad:
-            change = 0.3 * rng.standard_normal(tuple(p.shape))
-            p.data = p.data + (change if isinstance(p, Tensor) else torch.from_numpy(change))
-    return model.eval()
+def moved(model):
+    """In evaluation mode, with everything that trains away from its start."""
+    return twins.randomize(model).eval()
 
 
 def ours(**options):
