@@ -101,11 +101,11 @@ LORA_GA = {"r": 2, "scaling": 1.5, "gamma": 4}
 
 
 def lora_ga_problem() -> tuple[np.ndarray, np.ndarray]:
-    """A gradient (10, 8) with singular values well apart, and a weight; by formula, in float32."""
-    i, j = np.arange(10)[:, None], np.arange(8)
-    U, V = (np.linalg.qr(np.sin(1.3 * k + 0.7 * k**2 / 5 + 0.3 * n))[0] for k, n in ((i, i.T), (j[:, None], j)))
-    G = (U[:, :8] * 2.0 ** -np.arange(8)) @ V.T
-    return G.astype("float32"), (3 * np.outer(V[:, 1].repeat(2)[:10], V[0]) + G).astype("float32")
+    """A gradient (10, 8) with singular values well apart, and a weight, in float32."""
+    rng = np.random.default_rng(0)
+    U, V = (np.linalg.qr(rng.standard_normal((n, 8)))[0] for n in (10, 8))
+    G = U @ np.diag(2.0 ** -np.arange(8)) @ V.T
+    return G.astype("float32"), (3 * np.outer(U[:, 1], V[:, 0]) + G).astype("float32")
 
 
 def lora_ga_reference(path: Path) -> None:
