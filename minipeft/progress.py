@@ -1,10 +1,11 @@
-"""The progress bar of a training run."""
+"""Progress bars on stderr: of a training run, and of work that is counted."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class progress_bar:  # noqa: N801
@@ -42,3 +43,23 @@ class progress_bar:  # noqa: N801
     def __exit__(self, *exception: object) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+@contextmanager
+def counting_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr that moves on by one whenever what it gives is called; on a terminal only, and gone at the end.
+
+    While another bar of rich is shown there is none: two of them would write over each other.
+    """
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.file_proxy import FileProxy
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    shown = isinstance(sys.stderr, FileProxy)  # rich's stand-in for it, as long as it shows something
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=shown) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)

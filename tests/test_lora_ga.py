@@ -1,7 +1,9 @@
 """LoRA-GA: start values from the full gradient, found a few layers at a time; and the adapter's life after that."""
 
+import io
 import itertools
 import json
+import sys
 
 import numpy as np
 import peft_references
@@ -9,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cases import llama
+from rich.console import Console
+from rich.progress import Progress
 
 from minipeft import (
     LoraConfig,
@@ -34,6 +38,7 @@ from minipeft.methods.lora_ga import (
     SCALES,
     alignment_bound,
     gradient_alignment,
+    leading_singular_vectors,
     lora_ga_init,
     weight_gradients,
 )
@@ -204,6 +209,35 @@ def test_the_formula_says_what_it_does_not_take(change, words):
         lora_ga_init(given.pop("G"), given.pop("r"), **given)
 
 
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (48, 48)])
+@pytest.mark.parametrize("decay", [0.5, 2, 4])  # S_8/S_1 of 0.35, 0.016 and 2e-4
+def test_the_leading_singular_vectors_are_the_svds_to_float32s_rounding(xp, shape, decay):
+    k, n = 8, min(shape)
+    U, V = (np.linalg.qr(gaussian(size, n, seed=size))[0] for size in shape)
+    G = ((U * np.arange(1.0, n + 1) ** -decay) @ V.T).astype("float32")
+    U, S, Vt = np.linalg.svd(G.astype("float64"), full_matrices=False)
+    found = [to_numpy(a) for a in leading_singular_vectors(xp.asarray(G), k)]
+    signs = np.sign((found[0] * U[:, :k]).sum(0))
+    assert [a.dtype for a in found] == ["float32"] * 3
+    np.testing.assert_allclose(found[1], S[:k], rtol=2e-7)
+    np.testing.assert_allclose(found[0] * signs, U[:, :k], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(found[2] * signs[:, None], Vt[:k], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rank", [0, 3, 40])
+def test_singular_vectors_are_orthonormal_where_squares_have_too_few_digits(monkeypatch, dtype, rank):
+    """A matrix of lower rank than is asked for, and one in float64: both are left to the SVD."""
+    taken, svd = [], np.linalg.svd
+    monkeypatch.setattr(np.linalg, "svd", lambda *a, **options: taken.append(a) or svd(*a, **options))
+    G = (gaussian(40, rank) @ gaussian(rank, 64)).astype(dtype)
+    U, S, Vt = leading_singular_vectors(G, 8)
+    np.testing.assert_allclose(U.T @ U, np.eye(8), atol=1e-6)
+    np.testing.assert_allclose(Vt @ Vt.T, np.eye(8), atol=1e-6)
+    np.testing.assert_allclose(S, svd(G)[1][:8], rtol=1e-6, atol=1e-5)
+    assert bool(taken) == (dtype == "float64" or rank < 8)
+
+
 def test_other_formulas_say_what_they_do_not_take():
     with pytest.raises(TypeError, match=r"^r: expected an int, got float"):
         lora_ga_init(gaussian(6, 8), 2.0, scaling=1.0)
@@ -211,6 +245,8 @@ def test_other_formulas_say_what_they_do_not_take():
         gradient_alignment(gaussian(6, 8), gaussian(2, 6), gaussian(8, 2), 1.0)
     with pytest.raises(ValueError, match=r"^r: got 4"):
         alignment_bound(gaussian(6, 8), 4)
+    with pytest.raises(ValueError, match=r"^k: got 7; 1 to 6 is accepted for a matrix \(6, 8\)"):
+        leading_singular_vectors(gaussian(6, 8), 7)
 
 
 @pytest.mark.parametrize("scale", [scale for scale in SCALES if scale != "paper"])
@@ -549,6 +585,33 @@ def test_a_config_has_pefts_defaults():
     assert "lora_ga_config" not in LoraConfig().to_dict()
     read = LoraConfig.from_dict(made.to_dict())  # A and B come from the file, and its base has changed already
     assert (read.init_lora_weights, read.lora_ga_config) == (True, None)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_a_bar_counts_the_layers(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    config = LoraConfig(r=2, init_lora_weights="lora_ga", target_modules=NAMES)
+    get_peft_model(Deep(), config, batches(), classification_loss)
+    assert "LoRA-GA: gradients" in sys.stderr.getvalue()
+    assert "8/8" in sys.stderr.getvalue()
+
+
+def test_no_bar_where_another_is_shown_or_nobody_looks(monkeypatch, capsys):
+    config = LoraConfig(r=2, init_lora_weights="lora_ga", target_modules=NAMES)
+    get_peft_model(Deep(), config, batches(), classification_loss)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress(console=Console(stderr=True)) as outer:
+        outer.add_task("all methods")
+        get_peft_model(Deep(), config, batches(), classification_loss)
+    assert "all methods" in sys.stderr.getvalue()
+    assert "LoRA-GA" not in sys.stderr.getvalue()
 
 
 # --- training, merging, saving ----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import numpy as np
 from .. import backend, threads
 from ..backend import Array, get_namespace
 from ..nn import Dropout, Module
+from ..progress import counting_bar
 from ..quant.linear import QuantizedLinear
 from ..tensor import Tensor, enable_grad
 from .base import AdapterLayer
@@ -80,7 +81,7 @@ def lora_ga_init(
     """
     xp = _check_init(G, r, scaling, gamma, direction, scale, W)
     wide = G if G.dtype in (np.float32, np.float64) else G.astype(np.float32)  # LAPACK has no half precision
-    U, S, Vt = xp.linalg.svd(wide, full_matrices=False)
+    U, S, Vt = leading_singular_vectors(wide, 2 * r)
     if direction == "random":
         in_B = in_A = backend.move(backend.generator(rng).permutation(2 * r)[:r], xp)
     else:
@@ -98,6 +99,32 @@ def lora_ga_init(
     elif scale != "unit":
         A, B = A * (size if scale == "paper" else 1.0), B * size
     return A.astype(G.dtype, copy=True), B.astype(G.dtype, copy=True)  # not views: U and V would stay alive
+
+
+def leading_singular_vectors(G: Array, k: int) -> tuple[Array, Array, Array]:
+    """U (out, k), S (k,) and Vᵀ (k, in) of G's k largest singular values: the SVD's, up to signs and rounding.
+
+    Of a float32 G they are eigenvectors, in float64, of G Gᵀ = U S² Uᵀ or of Gᵀ G, whichever is smaller; then
+    S_i = ‖Gᵀ u_i‖. That takes a quarter of the SVD's time for 576 × 1536. Squaring magnifies float64's rounding by
+    (S_1/S_k)², which float32 does not show while S_k is above 1e-4 of S_1. Else, and for a float64 G, the SVD is taken.
+
+    Raises:
+        ValueError: k outside 1 … min(out, in).
+    """
+    if not 1 <= k <= min(G.shape):
+        raise ValueError(f"k: got {k}; 1 to {min(G.shape)} is accepted for a matrix {tuple(G.shape)}")
+    xp, wide = get_namespace(G), len(G) <= G.shape[1]
+    if G.dtype == np.float32:
+        M = G.astype(np.float64) if wide else G.T.astype(np.float64)
+        left = xp.linalg.eigh(backend.matmul(M, M.T))[1][:, : -k - 1 : -1]  # eigenvalues ascend
+        right = backend.matmul(left.T, M)
+        S = xp.linalg.norm(right, axis=1)
+        if float(S[-1]) > 1e-4 * float(S[0]):
+            right /= S[:, None]
+            U, Vt = (left, right) if wide else (right.T, left.T)
+            return U.astype(G.dtype), S.astype(G.dtype), Vt.astype(G.dtype)
+    U, S, Vt = xp.linalg.svd(G, full_matrices=False)
+    return U[:, :k], S[:k], Vt[:k]
 
 
 def _check_init(G: Array, r: int, scaling: float, gamma: float, direction: str, scale: str, W: Array | None) -> Any:
@@ -325,7 +352,7 @@ class LoraGA(Lora):
             raise ValueError(f"target_modules: {name!r} has merged adapters; call unmerge_adapter() first")
 
     def prepare(self, model: Module, batches: Iterable[Any] | Callable[[int], Any] | None, loss_fn: Any) -> None:
-        """A₀ and B₀ of every target, from the gradient over the first batches.
+        """A₀ and B₀ of every target, from the gradient over the first batches. On a terminal a bar counts the layers.
 
         Raises:
             ValueError: batches or loss_fn missing, no batch, or a gradient that is missing or not finite.
@@ -343,7 +370,8 @@ class LoraGA(Lora):
         if not taken:
             raise ValueError("batches: got none; at least one is accepted")
         gradients = weight_gradients(model, self.names, taken, loss_fn, chosen.gradient_bytes)
-        with contextlib.closing(gradients):  # after an error too, flags and modes are as before at once
+        bar = counting_bar("LoRA-GA: gradients", len(self.names))
+        with contextlib.closing(gradients), bar as advance:  # after an error too, flags and modes are as before at once
             for name, G in gradients:
                 W, r = model.get_submodule(name).weight.data, config.rank_of(name)
                 G = G.astype(np.promote_types(G.dtype, np.float32), copy=False)
@@ -352,6 +380,7 @@ class LoraGA(Lora):
                     scale=chosen.scale, W=W if chosen.scale == "weight_svd" else None, rng=self.rng,
                 )  # fmt: skip
                 del G  # before the next gradients are made
+                advance()
 
     def scaling_of(self, name: str) -> float:
         """s of the module with this name."""
