@@ -18,6 +18,7 @@ import numpy as np
 
 from .. import backend
 from ..backend import Array
+from ..checks import check_choice
 
 FILE = Path(__file__).with_name("digits.npz")
 PARTS = {"pretrain": 797, "train": 400, "valid": 200, "test": 400}  # in this order along the stored permutation
@@ -57,8 +58,7 @@ class Digits:
         Raises:
             ValueError: a name that is not in `index`.
         """
-        if name not in self.index:
-            raise ValueError(f"part: got {name!r}; accepted are {', '.join(map(repr, self.index))}")
+        check_choice("part", name, self.index)
         return Examples(self.images[self.index[name]], self.labels[self.index[name]])
 
     @property
@@ -218,8 +218,7 @@ def transfer(shift: str = "rotated", dtype: Any = None) -> Task:
     Raises:
         ValueError: an unknown shift.
     """
-    if shift not in SHIFTS:
-        raise ValueError(f"shift: got {shift!r}; accepted are {', '.join(map(repr, SHIFTS))}")
+    check_choice("shift", shift, SHIFTS)
     data = load(dtype)
 
     def shifted(part: Examples) -> Examples:

@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from ..checks import check_choice, check_count
 from ..nn import Linear, Module
 from .activations import chain_activations, llama_activations
 from .memory import MemoryReport
@@ -161,13 +162,10 @@ def estimate_memory(
     Raises:
         ValueError, TypeError: an argument outside what is accepted.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}; accepted are {', '.join(map(repr, METHODS))}")
-    if optimizer not in STATES:
-        raise ValueError(f"optimizer: got {optimizer!r}; accepted are {', '.join(map(repr, STATES))}")
+    check_choice("method", method, METHODS)
+    check_choice("optimizer", optimizer, STATES)
     for name, value in {"r": r, "batch": batch, "seq": seq, "dtype_bytes": dtype_bytes}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: got {value!r}; an int of at least 1 is accepted")
+        check_count(name, value)
     if isinstance(size, Module):
         if checkpointing:
             raise ValueError("checkpointing: True is for language models, whose blocks are known; a Module was given")

@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import backend, ops
 from ..backend import Array, get_namespace
+from ..checks import check_choice, check_count
 from ..nn import Linear, Module
 from ..tensor import Tensor, no_grad
 from .base import AdapterLayer, Method
@@ -44,7 +45,7 @@ def bottleneck(h: Array, W_down: Array, b_down: Array, W_up: Array, b_up: Array,
     if not m or W_up.shape != (d, m) or b_down.shape != (m,) or b_up.shape != (d,) or h.shape[-1:] != (d,):
         shapes = ", ".join(str(a.shape) for a in (h, W_down, b_down, W_up, b_up))
         raise ValueError(f"bottleneck: h (..., d), W_down (m, d), b_down (m,), W_up (d, m), b_up (d,): got {shapes}")
-    _check_activation(activation)
+    check_choice("activation", activation, ACTIVATIONS)
     with no_grad():
         return _bottleneck(Tensor(h), *map(Tensor, (W_down, b_down, W_up, b_up)), activation).data
 
@@ -71,12 +72,11 @@ def init_bottleneck(
     """
     if min(d, m) < 1:
         raise ValueError(f"d, m: got {d}, {m}; at least 1 is accepted")
+    check_choice("init", init, INITS)
     dtype, rng = np.dtype(dtype or backend.get_default_dtype()), backend.generator(rng)
     if init == "zero":
         return rng.uniform(-(d**-0.5), d**-0.5, (m, d)).astype(dtype), np.zeros((d, m), dtype)
-    if init == "tiny":
-        return _truncated(rng, (m, d)).astype(dtype), _truncated(rng, (d, m)).astype(dtype)
-    raise ValueError(f"init: got {init!r}; accepted are {', '.join(map(repr, INITS))}")
+    return _truncated(rng, (m, d)).astype(dtype), _truncated(rng, (d, m)).astype(dtype)
 
 
 def _truncated(rng: np.random.Generator, shape: tuple[int, int], sigma: float = 1e-2) -> np.ndarray:
@@ -85,11 +85,6 @@ def _truncated(rng: np.random.Generator, shape: tuple[int, int], sigma: float = 
     while (far := abs(values) > 2).any():
         values[far] = rng.standard_normal(int(far.sum()))
     return sigma * values
-
-
-def _check_activation(activation: Any) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}; accepted are {', '.join(map(repr, ACTIVATIONS))}")
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
@@ -180,14 +175,9 @@ class BottleneckAdapterConfig:
     peft_type: str = "BOTTLENECK_ADAPTER"
 
     def __post_init__(self) -> None:
-        m = self.bottleneck_size
-        if not isinstance(m, int | np.integer) or isinstance(m, bool) or m < 1:
-            raise ValueError(f"bottleneck_size: got {m!r}; an int of at least 1 is accepted")
-        self.bottleneck_size = int(m)
-        _check_activation(self.activation)
-        if self.init_adapter_weights not in INITS:
-            given, accepted = self.init_adapter_weights, ", ".join(map(repr, INITS))
-            raise ValueError(f"init_adapter_weights: got {given!r}; accepted are {accepted}")
+        self.bottleneck_size = check_count("bottleneck_size", self.bottleneck_size)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("init_adapter_weights", self.init_adapter_weights, INITS)
         if not isinstance(self.target_modules, str | None):
             self.target_modules = _names("target_modules", self.target_modules)
         self.modules_to_save = _names("modules_to_save", self.modules_to_save) if self.modules_to_save else None

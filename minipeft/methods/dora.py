@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import backend, ops
 from ..backend import Array, get_namespace
+from ..checks import check_choice
 from ..nn import Module, Parameter
 from ..quant.linear import QuantizedWeight, quantized_linear
 from ..tensor import Tensor, joint_result
@@ -52,7 +53,7 @@ def dora_gradients(V: Array, m: Array, G: Array, norm: str = "graph") -> tuple[A
     A and B get ∂L/∂A = s·Bᵀ ∂L/∂V and ∂L/∂B = s·∂L/∂V Aᵀ.
     """
     _check_matrix("V", V)
-    _check_choice("norm", norm, NORMS)
+    check_choice("norm", norm, NORMS)
     if G.shape != V.shape:
         raise ValueError(f"G: got shape {G.shape}; V's, {V.shape}, is accepted")
     _check_magnitude(V, m)
@@ -124,7 +125,7 @@ def _row_norms_squared(W: Array) -> Array:
 
 def _as_kind(norms: Array, kind: str) -> Array:
     """The norms of rows, or, for `"scalar"`, their norm: the matrix's."""
-    _check_choice("kind", kind, MAGNITUDES)
+    check_choice("kind", kind, MAGNITUDES)
     return norms if kind == "column" else (norms * norms).sum(keepdims=True) ** 0.5
 
 
@@ -158,11 +159,6 @@ def _check_magnitude(W: Array, m: Array) -> None:
         raise ValueError(f"m: got shape {m.shape}; ({W.shape[0]},), one for each output, or (1,) is accepted")
 
 
-def _check_choice(argument: str, value: Any, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{argument}: got {value!r}; accepted are {', '.join(map(repr, accepted))}")
-
-
 # --- the operation ----------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +175,7 @@ def dora_linear(
     The same as `dora_composed`; one node saves its arrays of y's size, and V and what comes of it. W may be codes
     (QDoRA): dequantized for each use, as in `lora_linear`.
     """
-    _check_choice("norm", norm, NORMS)
+    check_choice("norm", norm, NORMS)
     s, quantized = float(scaling), isinstance(W, QuantizedWeight)
     x, A, B, m = ops.operands("dora_linear", x, A, B, m)
     if quantized:

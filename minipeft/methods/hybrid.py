@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array
+from ..checks import check_count
 from ..nn import Module, Parameter
 from ..quant.linear import QuantizedLinear
 from .lora import OFFSET_INITS, Lora, LoraConfig, LoraLinear
@@ -33,9 +34,7 @@ def full_steps(fraction: float, total_step: int) -> int:
     """
     if not isinstance(fraction, int | float | np.number) or not 0 <= fraction <= 1:
         raise ValueError(f"fraction: got {fraction!r}; a number in [0, 1] is accepted, 0.1 to 0.3 in the document")
-    if not isinstance(total_step, int | np.integer) or isinstance(total_step, bool) or total_step < 1:
-        raise ValueError(f"total_step: got {total_step!r}; an int of at least 1 is accepted")
-    return round(float(fraction) * int(total_step))
+    return round(float(fraction) * check_count("total_step", total_step))
 
 
 # --- the config -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import numpy as np
 
 from .. import backend, threads
 from ..backend import Array, get_namespace
+from ..checks import check_choice, check_count
 from ..nn import Dropout, Module
 from ..progress import counting_bar
 from ..quant.linear import QuantizedLinear
@@ -135,9 +136,8 @@ def _check_init(G: Array, r: int, scaling: float, gamma: float, direction: str, 
     for name, value in (("scaling", scaling), ("gamma", gamma)):
         if not 0 < value < float("inf"):
             raise ValueError(f"{name}: got {value!r}; a positive number is accepted")
-    for name, value, accepted in (("direction", direction, DIRECTIONS), ("scale", scale, SCALES)):
-        if value not in accepted:
-            raise ValueError(f"{name}: got {value!r}; accepted are {', '.join(map(repr, accepted))}")
+    check_choice("direction", direction, DIRECTIONS)
+    check_choice("scale", scale, SCALES)
     if scale == "weight_svd" and (W is None or W.shape != G.shape):
         raise ValueError(f"W: scale 'weight_svd' needs the weight {G.shape}, got {np.shape(W)}")
     xp = get_namespace(G)
@@ -297,16 +297,13 @@ class LoraGAConfig:
     gradient_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name, accepted in (("direction", DIRECTIONS), ("scale", SCALES)):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; accepted are {', '.join(map(repr, accepted))}")
+        check_choice("direction", self.direction, DIRECTIONS)
+        check_choice("scale", self.scale, SCALES)
         if not isinstance(self.stable_gamma, int | float) or not 0 < self.stable_gamma < float("inf"):
             raise ValueError(f"stable_gamma: got {self.stable_gamma!r}; a positive number is accepted")
-        for name in ("gradient_batches", "gradient_bytes"):
-            value = getattr(self, name)
-            optional = name == "gradient_bytes" and value is None
-            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}: got {value!r}; an int of at least 1 is accepted")
+        check_count("gradient_batches", self.gradient_batches)
+        if self.gradient_bytes is not None:
+            check_count("gradient_bytes", self.gradient_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """What PEFT's adapter_config.json has of it."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import backend
 from ..backend import Array, get_namespace, matmul
+from ..checks import check_choice
 from ..nn import Module, Parameter
 from ..optim import Adam, Optimizer
 from .lora import Lora, LoraConfig, LoraLinear
@@ -182,10 +183,8 @@ class LoraProConfig(LoraConfig):
         if self.use_dora:
             raise ValueError("use_dora: LoRA-Pro's formulas are for W + s·B A; False is accepted")
         super().__post_init__()
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant: got {self.variant!r}; accepted are {', '.join(map(repr, VARIANTS))}")
-        if self.X not in XS:
-            raise ValueError(f"X: got {self.X!r}; accepted are {', '.join(map(repr, XS))}")
+        check_choice("variant", self.variant, VARIANTS)
+        check_choice("X", self.X, XS)
         if self.rtol is not None and not 0 <= self.rtol < 1:
             raise ValueError(f"rtol: got {self.rtol}; a number in [0, 1), or None, is accepted")
 

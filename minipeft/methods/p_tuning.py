@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import backend, ops
 from ..backend import Array, get_namespace
+from ..checks import check_choice, check_count
 from ..nn import Dropout, Embedding, Linear, Module, Parameter, ReLU, Sequential, uniform
 from ..tensor import Tensor, no_grad
 from ..virtual_tokens import VirtualTokens
@@ -292,16 +293,10 @@ class PromptEncoderConfig:
     def __post_init__(self) -> None:
         for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers", "token_dim"):
             value, optional = getattr(self, name), name in ("encoder_hidden_size", "token_dim")
-            if optional and value is None:
-                continue
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: got {value!r}; an int of at least 1 is accepted")
-            setattr(self, name, int(value))
+            if value is not None or not optional:
+                setattr(self, name, check_count(name, value))
         kind = self.encoder_reparameterization_type
-        if kind not in ENCODERS:
-            raise ValueError(
-                f"encoder_reparameterization_type: got {kind!r}; accepted are {', '.join(map(repr, ENCODERS))}"
-            )
+        check_choice("encoder_reparameterization_type", kind, ENCODERS)
         self.encoder_reparameterization_type = ENCODERS[ENCODERS.index(kind)]  # PEFT's is an enum of strings
         if not isinstance(self.encoder_dropout, int | float | np.number) or not 0 <= self.encoder_dropout < 1:
             raise ValueError(f"encoder_dropout: got {self.encoder_dropout!r}; a probability in [0, 1) is accepted")

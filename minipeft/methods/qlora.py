@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import backend
 from ..backend import Array, get_namespace
+from ..checks import check_choice, check_count
 from ..nn import Dropout, Linear, Module
 from ..quant.blocks import flat_floats
 from ..quant.blockwise import QuantizedTensor, dequantize
@@ -61,8 +62,7 @@ def loftq_init(
         raise ValueError(f"W: expected a matrix (out, in), got {getattr(W, 'shape', type(W).__name__)}")
     flat_floats("W", W)
     check_r("r", r, *W.shape)
-    if not isinstance(iterations, int | np.integer) or isinstance(iterations, bool) or iterations < 1:
-        raise ValueError(f"iterations: got {iterations!r}; an int of at least 1 is accepted")
+    check_count("iterations", iterations)
     if not 0 < scaling < float("inf"):
         raise ValueError(f"scaling: got {scaling!r}; a positive number is accepted")
     code = quant_type if bits is None else f"{str(quant_type).rstrip('0123456789')}{bits}"
@@ -247,8 +247,7 @@ def finish_qlora(peft_model: Module, how: str = "keep", *, inputs: Any) -> tuple
         ValueError: an unknown way; no adapters beside codes, as after merging once; adapters that are merged; weights
             that are not finite.
     """
-    if how not in WAYS:
-        raise ValueError(f"how: got {how!r}; accepted are {', '.join(map(repr, WAYS))}")
+    check_choice("how", how, WAYS)
     if not hasattr(peft_model, "adapter_layers"):
         raise TypeError(f"peft_model: got {type(peft_model).__name__}; a PeftModel is accepted")
     if peft_model.merged_adapters:

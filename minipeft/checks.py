@@ -1,0 +1,25 @@
+"""What many functions ask of an argument, in the same words: the argument, what was given, what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+
+def check_choice(argument: str, value: Any, accepted: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of `accepted`."""
+    if value not in accepted:
+        raise ValueError(f"{argument}: got {value!r}; accepted are {', '.join(map(repr, accepted))}")
+
+
+def check_count(argument: str, value: Any, least: int = 1) -> int:
+    """`value` as an int.
+
+    Raises:
+        ValueError: it is no int, or below `least`; True is no int here.
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{argument}: got {value!r}; an int of at least {least} is accepted")
+    return int(value)
