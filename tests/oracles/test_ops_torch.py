@@ -158,6 +158,9 @@ ATTENTION = {
     "one shared head": ((3, 4, 5, 8), (3, 1, 5, 8)),
     "more keys": ((2, 4, 3, 8), (2, 2, 11, 8)),
     "fewer keys": ((2, 4, 9, 8), (2, 2, 4, 8)),
+    "blocks of queries": ((1, 4, 150, 8), (1, 2, 150, 8)),
+    "blocks of queries, more keys": ((1, 2, 130, 8), (1, 1, 197, 8)),
+    "blocks of queries, of which the first sees no keys": ((1, 2, 141, 8), (1, 1, 70, 8)),
 }
 
 
