@@ -56,6 +56,7 @@ class Evidence:
 
     Attributes:
         found: one or two sentences, with the figures.
+        found_zh: the same in Chinese, with the same figures.
         holds: the document's statement held wherever it was tried. None: it is about an amount, which was measured.
         within: where it did not hold everywhere: it held inside the limits that `found` names.
         instead: where it is wrong: the right statement, in `found`, held.
@@ -63,6 +64,7 @@ class Evidence:
     """
 
     found: str
+    found_zh: str = ""
     holds: bool | None = None
     within: bool = False
     instead: bool = False
@@ -86,6 +88,7 @@ class Verdict:
     section: str
     statement: str
     found: str
+    found_zh: str
     verdict: str
     seconds: float
     figures: dict[str, Any]
@@ -107,11 +110,17 @@ class Claim:
         try:
             evidence = self.check()
         except Exception as error:
-            evidence = Evidence(f"the check stopped: {type(error).__name__}: {error}", holds=False)
-        seconds = time.perf_counter() - start
-        return Verdict(
-            self.id, self.section, self.statement, evidence.found, evidence.verdict, seconds, evidence.figures
-        )
+            said = f"{type(error).__name__}: {error}"
+            evidence = Evidence(f"the check stopped: {said}", f"检验中断：{said}", holds=False)
+        seconds, claimed = time.perf_counter() - start, (self.id, self.section, self.statement)
+        return Verdict(*claimed, evidence.found, evidence.found_zh, evidence.verdict, seconds, evidence.figures)
+
+
+def chinese_marks(listed: str) -> str:
+    """A list of names and figures, which need no translation, with Chinese marks between them."""
+    for mark, chinese in ((", ", "，"), ("; ", "；"), (": ", "："), (" (", "（"), (")", "）")):
+        listed = listed.replace(mark, chinese)
+    return listed
 
 
 _claims: dict[str, Claim] = {}
@@ -144,7 +153,8 @@ def _repeated(quick: Claim, on_the_model: Claim) -> Claim:
         both = {name: held[0][name] and held[1][name] for name in held[0]}
         if a.holds is None or b.holds is None:
             both["holds"] = None
-        return Evidence(f"{a.found} {b.found}", figures={**a.figures, "SmolLM2": b.figures}, **both)
+        figures = {**a.figures, "SmolLM2": b.figures}
+        return Evidence(f"{a.found} {b.found}", a.found_zh + b.found_zh, figures=figures, **both)
 
     return replace(quick, check=check)
 
