@@ -28,6 +28,7 @@ MODEL, NAME, AUTHOR = "smollm2", "Lumo", "Ada Lin"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 STEPS, SEEDS, LEARNING_RATE = 40, (0, 1), 5e-4
 RANKS = {"attention": 21, "all linear layers": 8}  # 2.42 and 2.44 million trainable parameters
+KINDS_ZH = {"attention": "仅注意力层", "all linear layers": "所有线性层"}
 
 
 def adapted(targets: str | list[str], r: int, seed: int) -> tuple[PeftModel, list[float]]:
@@ -69,13 +70,15 @@ def _identities() -> dict[str, list[dict[str, Any]]]:
 def all_linear() -> Evidence:
     """Attention alone and all linear layers at the same number of trainable parameters, over seeds."""
     found = _identities()
-    texts = []
+    texts, texts_zh = [], []
     for kind, runs in found.items():
-        shares = " and ".join(f"{run['answered']:.0%}" for run in runs)
-        loss = statistics.mean(run["loss"] for run in runs)
-        texts.append(f"{kind} (r = {RANKS[kind]}, {runs[0]['parameters']:,} parameters) {shares}, loss {loss:.2f}")
+        shares = [f"{run['answered']:.0%}" for run in runs]
+        loss, trained = statistics.mean(run["loss"] for run in runs), f"{runs[0]['parameters']:,}"
+        texts.append(f"{kind} (r = {RANKS[kind]}, {trained} parameters) {' and '.join(shares)}, loss {loss:.2f}")
+        texts_zh.append(f"{KINDS_ZH[kind]}（r = {RANKS[kind]}，{trained} 个参数）{'、'.join(shares)}，损失 {loss:.2f}")
     return Evidence(
         f"SmolLM2, {STEPS} steps, held-out questions answered with the new name, by seed — {'; '.join(texts)}.",
+        f"SmolLM2，{STEPS} 步，未见过的问题中用新名字回答的比例，逐个种子列出——{'；'.join(texts_zh)}。",
         figures=found,
     )
 
@@ -108,6 +111,8 @@ def merge() -> Evidence:
         f"On SmolLM2 in float32 the logits differ by {difference:.0e} of the largest, {same:.1%} of the likeliest next "
         f"tokens are the same, and three held-out questions get {'the same' if alike else 'other'} answers; "
         f"{returned:.1%} of W's numbers come back.",
+        f"float32 的 SmolLM2：logits 最多相差最大值的 {difference:.0e}，{same:.1%} 的位置上最可能的下一个词元相同，"
+        f"三个未见过的问题得到{'相同' if alike else '不同'}的回答；取消合并后，W 有 {returned:.1%} 的数还原。",
         holds=difference == 0 and returned == 1,
         within=difference < 1e-4 and same > 0.99,
         figures=figures,
@@ -132,9 +137,12 @@ def model_latency() -> Evidence:
             layer.weight.data = before[name]
     medians = {kind: statistics.median(values) for kind, values in times.items()}
     ratios = {kind: medians[kind] / medians["base"] for kind in ("unmerged", "merged")}
+    speed, apart, merged = f"{1 / medians['base']:.0f}", f"{ratios['unmerged']:.2f}", f"{ratios['merged']:.2f}"
     return Evidence(
-        f"SmolLM2 generates {1 / medians['base']:.0f} tokens a second alone; a token takes {ratios['unmerged']:.2f} of "
-        f"that time with adapters (r = 8) apart, {ratios['merged']:.2f} merged.",
+        f"SmolLM2 generates {speed} tokens a second alone; a token takes {apart} of that time with adapters (r = 8) "
+        f"apart, {merged} merged.",
+        f"SmolLM2 单独生成时每秒 {speed} 个词元；带着未合并的适配器（r = 8），每个词元的用时是原来的 {apart}，"
+        f"合并后是 {merged}。",
         figures={"seconds_a_token": medians, **ratios},
     )
 
@@ -164,6 +172,8 @@ def backward_flops() -> Evidence:
     return Evidence(
         f"On SmolLM2 LoRA (r = 8) counts {backward:.2f} of full fine-tuning's backward products, {total:.2f} of all; "
         f"forward and backward take {elapsed:.2f} of the time.",
+        f"SmolLM2 上，LoRA（r = 8）反向传播的乘法是全量微调的 {backward:.2f}，全部乘法是 {total:.2f}；"
+        f"前向加反向的用时是 {elapsed:.2f}。",
         holds=backward < 1 and 2 / 3 < total < 0.72,
         figures={"backward": backward, "total": total, "time": elapsed, "counted": counted},
     )

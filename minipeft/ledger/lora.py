@@ -16,7 +16,7 @@ from ..methods.lora import LoraConfig, LoraLinear, init_lora, lora_delta, merge_
 from ..models import load_base
 from ..peft import get_peft_model
 from ..tensor import Tensor, no_grad
-from . import Evidence, claim
+from . import Evidence, chinese_marks, claim
 from .runs import adapt, weight_updates
 
 # --- the idea ---------------------------------------------------------------------------------------------------------
@@ -35,6 +35,8 @@ def low_rank() -> Evidence:
     return Evidence(
         f"rank(BA) ≤ r in {within} of {len(tried)} random shapes, and at most {max(learned)} in {len(learned)} layers "
         f"trained with r = 8. r(d+k) numbers instead of dk: {share:.2%} of a {d}×{k} weight at r = 8.",
+        f"随机抽取的 {len(tried)} 种形状中有 {within} 种满足 rank(BA) ≤ r；用 r = 8 训练过的 {len(learned)} 层，"
+        f"ΔW 的秩最高为 {max(learned)}。参数从 dk 个减到 r(d+k) 个：r = 8 时只有 {d}×{k} 权重的 {share:.2%}。",
         holds=within == len(tried) and max(learned) <= 8 and share < 1,
         figures={"shapes": len(tried), "trained_ranks": learned, "share_4096_r8": share},
     )
@@ -51,11 +53,12 @@ def frozen() -> Evidence:
     run = adapt("lora")
     now = {n.replace("base_model.model.", "").replace("base_layer.", ""): p for n, p in run.model.named_parameters()}
     same = [now[name].data.tobytes() == array.tobytes() for name, array in run.before.items()]
-    steps = len(run.history.loss)
+    steps, size = len(run.history.loss), sum(array.nbytes for array in run.before.values())
     return Evidence(
-        f"After {steps} steps all {len(same)} pre-trained arrays ({sum(a.nbytes for a in run.before.values()):,} "
-        f"bytes) are unchanged to the bit: {sum(same)} of {len(same)}. Gradients of frozen weights that ever existed: "
-        f"{run.frozen_gradients}.",
+        f"After {steps} steps {sum(same)} of {len(same)} pre-trained arrays ({size:,} bytes in all) are unchanged to "
+        f"the bit. Gradients of frozen weights that ever existed: {run.frozen_gradients}.",
+        f"训练 {steps} 步后，预训练的 {len(same)} 个数组（共 {size:,} 字节）中有 {sum(same)} 个逐位未变。"
+        f"冻结权重上出现过的梯度：{run.frozen_gradients} 个。",
         holds=all(same) and run.frozen_gradients == 0,
         figures={"arrays": len(same), "unchanged": sum(same), "frozen_gradients": run.frozen_gradients},
     )
@@ -74,6 +77,8 @@ def identity_at_init() -> Evidence:
     return Evidence(
         f"Logits of {count} images equal to the bit in {sum(same.values())} of {len(same)} cases (B = 0 with Gaussian "
         "or uniform A, A = 0 with Gaussian B; float32 and float64).",
+        f"{count} 张图像的 logits，{len(same)} 种情形中有 {sum(same.values())} 种逐位相同（B = 0，A 取高斯或均匀分布；"
+        "A = 0，B 取高斯分布；float32 与 float64）。",
         holds=all(same.values()),
         figures={f"{init} {dtype}": equal for (init, dtype), equal in same.items()},
     )
@@ -100,11 +105,14 @@ def one_zero() -> Evidence:
     first = b["moved_A"] == 0 < b["moved_B"] and a["moved_B"] == 0 < a["moved_A"]
     stuck = both["gradient"] == 0 and both["loss"][0] == both["loss"][-1]
     learns = b["loss"][-1] < b["loss"][0] and a["loss"][-1] < a["loss"][0]
+    change, gradient = f"{neither['output_change']:.2f}", f"{both['gradient']:.0f}"
+    stays, falls = f"{both['loss'][-1]:.3f}", f"{b['loss'][-1]:.3f}"
     return Evidence(
-        f"With one of them zero the output is the base's to the bit; with none it differs by up to "
-        f"{neither['output_change']:.2f}. But not with both: their gradients are {both['gradient']:.0f} and the loss "
-        f"stays {both['loss'][-1]:.3f} for ever (a saddle), where B = 0 falls to {b['loss'][-1]:.3f}. With B = 0 the "
-        "first step moves B alone.",
+        f"With one of them zero the output is the base's to the bit; with none it differs by up to {change}. But not "
+        f"with both: their gradients are {gradient} and the loss stays {stays} for ever (a saddle), where B = 0 falls "
+        f"to {falls}. With B = 0 the first step moves B alone.",
+        f"其中一个为零时，输出与原模型逐位相同；两个都不为零时，最多相差 {change}。但两个也不能同为零："
+        f"那样梯度为 {gradient}，损失始终停在 {stays}（鞍点），而 B = 0 时能降到 {falls}。B = 0 时，第一步只更新 B。",
         holds=keeps and learns and not stuck,
         within=keeps and first and stuck and learns,
         figures=start,
@@ -143,9 +151,12 @@ def two_nonzero() -> Evidence:
     """Outputs at the start with both Gaussian and s·BA subtracted from W, in float64 and float32."""
     found = {dtype: _start("both", dtype) for dtype in _DTYPES}
     limit = {dtype: 1e3 * float(np.finfo(dtype).eps) for dtype in _DTYPES}
+    double, single = (f"{found[dtype][1]:.1e}" for dtype in ("float64", "float32"))
     return Evidence(
         f"Outputs at the start equal the base model's to rounding, not to the bit: largest difference ÷ largest logit "
-        f"{found['float64'][1]:.1e} in float64, {found['float32'][1]:.1e} in float32 (W − BA + BA rounds twice).",
+        f"{double} in float64, {single} in float32 (W − BA + BA rounds twice).",
+        f"初始输出与原模型只差舍入误差，并非逐位相同：最大差 ÷ 最大 logit，float64 为 {double}，"
+        f"float32 为 {single}（W − BA + BA 舍入两次）。",
         holds=all(equal for equal, _ in found.values()),
         within=all(difference < limit[dtype] for dtype, (_, difference) in found.items()),
         figures={dtype: difference for dtype, (_, difference) in found.items()},
@@ -172,6 +183,8 @@ def latency() -> Evidence:
     text = "; ".join(f"{n}: {r['unmerged']:.2f} and {r['merged']:.2f}" for n, r in ratios.items())
     return Evidence(
         f"One layer, 16 rows, r = 8, unmerged and merged time ÷ the base layer's, by width — {text}.",
+        "单层，16 行输入，r = 8，不合并与合并后的用时 ÷ 原来那一层的用时，"
+        f"按宽度列出——{chinese_marks(text).replace(' and ', ' 与 ')}。",
         figures={str(size): r for size, r in ratios.items()},
     )
 
@@ -194,11 +207,14 @@ def merge() -> Evidence:
     layers = [layer for _, layer in adapt("lora").model.adapter_layers()]
     found = {name: _merge_errors(layers, name) for name in _EPS}
     text = ", ".join(f"{f['difference']:.0e} in {name}" for name, f in found.items())
+    text_zh = "，".join(f"{name} 为 {f['difference']:.0e}" for name, f in found.items())
     returned = found["float32"]["returned"]
     return Evidence(
         f"Identical in exact arithmetic; in floating point merged and unmerged outputs of {len(layers)} trained layers "
         f"differ by up to {text} (÷ largest output). Unmerging does not give W back: {returned:.1%} of its float32 "
         "numbers are as before.",
+        f"精确运算下完全相同；浮点运算下，{len(layers)} 个训练过的层合并与不合并的输出最多相差（÷ 最大输出）"
+        f"{text_zh}。取消合并并不能还原 W：float32 下有 {returned:.1%} 的数与原来相同。",
         holds=all(f["difference"] == 0 for f in found.values()) and returned == 1,
         within=all(found[name]["difference"] < 8 * _EPS[name] for name in _EPS),
         figures=found,
@@ -255,6 +271,8 @@ def row_column_rank() -> Evidence:
     return Evidence(
         f"Equal for {equal} of {len(pairs)} integer and rational matrices by exact elimination "
         f"(ranks {min(pairs)[0]} to {max(pairs)[0]}), and for {svd} of {len(real)} real ones by SVD.",
+        f"用精确消元检验 {len(pairs)} 个整数与有理数矩阵，{equal} 个行秩等于列秩（秩从 {min(pairs)[0]} 到 "
+        f"{max(pairs)[0]}）；用 SVD 检验 {len(real)} 个实数矩阵，{svd} 个相等。",
         holds=equal == len(pairs) and svd == len(real),
         figures={"exact": len(pairs), "exact_equal": equal, "real": len(real), "real_equal": svd},
     )
@@ -279,11 +297,15 @@ def svd_low_dim() -> Evidence:
     r = {n: max(1, min(W.shape) // 4) for n, W in weights.items()}
     of_weights = float(np.mean([rank.energy(W, r[n]) for n, W in weights.items()]))
     flat = float(np.mean([_gaussian_energy(W.shape, r[n], rng) for n, W in weights.items()]))
+    svd, optimized, random = (f"{best[how]:.4f}" for how in ("svd", "optimized", "random"))
     return Evidence(
         f"Ten of 64 directions keep {kept:.0%} of the digits' variance. No other rank-10 factors are nearer: error "
-        f"{best['svd']:.4f} by SVD, {best['optimized']:.4f} by alternating least squares from a random start, "
-        f"{best['random']:.4f} with a random basis. Trained weights: a quarter of the directions keeps "
-        f"{of_weights:.0%} (Gaussian matrices of their shapes: {flat:.0%}).",
+        f"{svd} by SVD, {optimized} by alternating least squares from a random start, {random} with a random basis. "
+        f"Trained weights: a quarter of the directions keeps {of_weights:.0%} (Gaussian matrices of their shapes: "
+        f"{flat:.0%}).",
+        f"64 个方向取其中十个，就保留了手写数字 {kept:.0%} 的方差。没有其他秩 10 的分解更接近：SVD 的误差为 {svd}，"
+        f"从随机起点做交替最小二乘为 {optimized}，随机基为 {random}。训练过的权重："
+        f"四分之一的方向保留 {of_weights:.0%}（同样形状的高斯矩阵：{flat:.0%}）。",
         holds=optimal and kept > 0.5 and of_weights > flat,
         figures={
             "digits_energy_10": kept,
@@ -325,6 +347,8 @@ def overparameterized() -> Evidence:
     return Evidence(
         f"Full fine-tuning of the ViT, {len(ranks)} projections: effective rank of ΔW {update:.1f} on average, of W "
         f"{weight:.1f}, of {full:.0f} possible; the first 8 directions hold {kept:.0%} of ‖ΔW‖².",
+        f"对 ViT 做全量微调，{len(ranks)} 个投影矩阵平均：ΔW 的有效秩为 {update:.1f}，W 为 {weight:.1f}，"
+        f"最大可能为 {full:.0f}；前 8 个方向占 ‖ΔW‖² 的 {kept:.0%}。",
         figures={"update": update, "weight": weight, "possible": full, "energy_8": kept},
     )
 
@@ -370,20 +394,24 @@ def memory_parts() -> Evidence:
             formula.append(all(getattr(estimate, part) == getattr(report, part) for part in _FORMULA_PARTS))
     full, lora = found["full adamw"], found["lora adamw"]
     shrink = {part: lora[part] / full[part] for part in full}
+    shrink_zh = "，".join(f"{PARTS_ZH[part]} {ratio:.3f}" for part, ratio in shrink.items())
     return Evidence(
         "LoRA's bytes ÷ full fine-tuning's (four 512² layers, batch 64, AdamW, r = 8): "
         + ", ".join(f"{part} {ratio:.3f}" for part, ratio in shrink.items())
         + f". The formula gives the measured bytes in {sum(formula)} of {len(formula)} cases.",
+        f"LoRA 的字节数 ÷ 全量微调的字节数（四个 512² 的层，批大小 64，AdamW，r = 8）：{shrink_zh}。"
+        f"{len(formula)} 种情形中有 {sum(formula)} 种，公式与实测的字节数相等。",
         holds=shrink["gradients"] < 0.1 and shrink["optimizer"] < 0.1 and all(formula),
         figures={**found, "ratio": shrink},
     )
 
 
 _FORMULA_PARTS = ("weights", "gradients", "optimizer")
+PARTS_ZH = {"weights": "模型参数", "gradients": "梯度", "optimizer": "优化器状态", "activations": "激活值"}
 
 
 def _parts(report: Any) -> dict[str, int]:
-    return {part: int(getattr(report, part)) for part in ("weights", "gradients", "optimizer", "activations")}
+    return {part: int(getattr(report, part)) for part in PARTS_ZH}
 
 
 def _flops(kind: str, width: int) -> tuple[int, int]:
@@ -397,12 +425,19 @@ def _flops(kind: str, width: int) -> tuple[int, int]:
 def forward_flops() -> Evidence:
     """Products counted in forward, LoRA against full."""
     counted = {width: (_flops("full", width)[0], _flops("lora", width)[0]) for width in (64, 256, 1024)}
-    text = ", ".join(f"{lora / full:.3f} at width {width}" for width, (full, lora) in counted.items())
+    ratios = {width: f"{lora / full:.3f}" for width, (full, lora) in counted.items()}
     return Evidence(
-        f"Counted products, LoRA (r = 8) ÷ full fine-tuning: {text}.",
+        f"Counted products, LoRA (r = 8) ÷ full fine-tuning: {_by_width(ratios)}.",
+        f"实际计数的乘法次数，LoRA（r = 8）÷ 全量微调：{_by_width(ratios, zh=True)}。",
         holds=all(lora >= full for full, lora in counted.values()),
         figures={str(width): {"full": full, "lora": lora} for width, (full, lora) in counted.items()},
     )
+
+
+def _by_width(found: dict[int, str], zh: bool = False) -> str:
+    if zh:
+        return "，".join(f"宽度 {width} 时 {value}" for width, value in found.items())
+    return ", ".join(f"{value} at width {width}" for width, value in found.items())
 
 
 @claim("lora.backward-flops", "The backward pass is saved only in part.")
@@ -412,10 +447,12 @@ def backward_flops() -> Evidence:
     backward = {width: lora[1] / full[1] for width, (full, lora) in counted.items()}
     total = {width: sum(lora) / sum(full) for width, (full, lora) in counted.items()}
     widest = max(total)
-    text = ", ".join(f"{total[width]:.3f} at width {width}" for width in counted)
+    both = {width: f"{share:.3f}" for width, share in total.items()}
     return Evidence(
         f"The products dW of frozen weights are gone: backward falls to {backward[widest]:.2f} of full fine-tuning's "
-        f"at width {widest}. Forward and backward together: {text}; the limit for wide layers is 2/3.",
+        f"at width {widest}. Forward and backward together: {_by_width(both)}; the limit for wide layers is 2/3.",
+        f"冻结的权重不再需要 dW 这次乘法：宽度 {widest} 时，反向传播降到全量微调的 {backward[widest]:.2f}。"
+        f"前向与反向合计：{_by_width(both, zh=True)}；层越宽，越接近 2/3。",
         holds=all(b < 1 for b in backward.values()) and 2 / 3 < total[widest] < 0.7,
         figures={"backward": {str(w): b for w, b in backward.items()}, "total": {str(w): t for w, t in total.items()}},
     )
@@ -437,6 +474,8 @@ def early_movement() -> Evidence:
         f"Full fine-tuning, {len(loss)} steps of AdamW at a constant learning rate: the first tenth brings {early:.0%} "
         f"of the whole fall of the loss; a step moves the weights by {moved[0]:.3f} (‖ΔW‖) in the first tenth, "
         f"{moved[-1]:.3f} in the last.",
+        f"全量微调，固定学习率的 AdamW，{len(loss)} 步：前十分之一的步数完成了损失总降幅的 {early:.0%}；"
+        f"每步对权重的改动（‖ΔW‖）在最初的十分之一为 {moved[0]:.3f}，在最后的十分之一为 {moved[-1]:.3f}。",
         figures={"share_of_fall": early, "movement_by_tenth": moved, "loss": loss},
     )
 
@@ -469,5 +508,7 @@ def smaller_faster() -> Evidence:
         f"Four {width}² layers, batch 128, r = 8, LoRA ÷ full: file {adapter / size:.3f} ({adapter:,} and {size:,} "
         f"bytes), time of a step {time:.2f}, peak memory that the first step adds (gradients, optimizer state, "
         f"activations) {memory:.2f}.",
+        f"四个 {width}² 的层，批大小 128，r = 8，LoRA ÷ 全量微调：文件 {adapter / size:.3f}（{adapter:,} 与 {size:,} "
+        f"字节），一步的用时 {time:.2f}，第一步增加的内存峰值（梯度、优化器状态、激活值）{memory:.2f}。",
         figures={"file": adapter / size, "time": time, "peak": memory},
     )

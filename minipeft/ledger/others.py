@@ -64,17 +64,22 @@ def not_train_efficient() -> Evidence:
         }
         for method in models
     }
-    shown = "; ".join(
-        f"{name} {found['parameters']:.1%} of the parameters, {found['flops']:.2f} of the products, "
-        f"{found['time']:.2f} of the time, backward {found['crossed']:.2f} of the model's forward"
-        for name, found in ((name, figures[method]) for method, name in EFFICIENT.items())
-    )
+    shown, shown_zh = [], []
+    for method, name in EFFICIENT.items():
+        parameters = f"{figures[method]['parameters']:.1%}"
+        flops, time, across = (f"{figures[method][part]:.2f}" for part in ("flops", "time", "crossed"))
+        shown.append(
+            f"{name} {parameters} of the parameters, {flops} of the products, {time} of the time, backward {across} of "
+            "the model's forward"
+        )
+        shown_zh.append(f"{name} 的参数 {parameters}，乘法 {flops}，用时 {time}，反向的乘法为模型前向的 {across}")
     few = all(figures[method]["parameters"] < 0.1 for method in EFFICIENT)
     crossed = all(figures[method]["crossed"] > 0.8 for method in EFFICIENT)
     return Evidence(
         f"A step of a Llama (4 blocks of 192) on {ROWS} × {TOKENS} tokens, ÷ full training, AdamW's update in the "
-        f"time: {shown}. Only the products "
-        "dW of frozen weights are saved, a third of all at most.",
+        f"time: {'; '.join(shown)}. Only the products dW of frozen weights are saved, a third of all at most.",
+        f"Llama（4 层，宽 192）在 {ROWS} × {TOKENS} 个词元上训练一步，÷ 全量训练（用时含 AdamW 的更新）："
+        f"{'；'.join(shown_zh)}。省下的只是冻结权重的 dW，最多占全部乘法的三分之一。",
         holds=few and crossed,
         figures=figures,
     )
@@ -146,15 +151,20 @@ def hybrid_training() -> Evidence:
     runs = {fraction: [hybrid(fraction, seed) for seed in SEEDS] for fraction in FRACTIONS}
     dearest = runs[1.0][0]
     figures = {f"{fraction:.0%}": _summary(found, dearest) for fraction, found in runs.items()}
-    losses = ", ".join(f"{name} {f['loss']:.3f} ± {f['loss_spread']:.3f}" for name, f in figures.items())
-    accuracies = ", ".join(f"{f['accuracy']:.1%} ± {f['accuracy_spread']:.1%}" for f in figures.values())
-    flops = ", ".join(f"{f['flops']:.2f}" for f in figures.values())
-    mean_bytes = ", ".join(f"{f['mean_bytes']:.2f}" for f in figures.values())
-    peak = ", ".join(f"{f['peak_bytes']:.2f}" for f in figures.values())
+    listed = [
+        [f"{name} {f['loss']:.3f} ± {f['loss_spread']:.3f}" for name, f in figures.items()],
+        [f"{f['accuracy']:.1%} ± {f['accuracy_spread']:.1%}" for f in figures.values()],
+        *([f"{f[part]:.2f}" for f in figures.values()] for part in ("flops", "mean_bytes", "peak_bytes")),
+    ]
+    losses, accuracies, flops, mean_bytes, peak = map(", ".join, listed)
+    losses_zh, accuracies_zh, flops_zh, mean_zh, peak_zh = map("、".join, listed)
     return Evidence(
         f"MLP on rotated digits, {STEPS} steps, {len(SEEDS)} seeds, by the share of full training. Loss of the last "
         f"tenth: {losses}; test accuracy {accuracies}. ÷ full training: products {flops}; bytes of weights, gradients "
         f"and optimizer state on average {mean_bytes}, at their peak {peak}.",
+        f"MLP，旋转的手写数字，{STEPS} 步，{len(SEEDS)} 个种子，按全量训练的步数占比列出。最后十分之一步的损失："
+        f"{losses_zh}；测试准确率：{accuracies_zh}。÷ 全量训练：乘法 {flops_zh}；参数、梯度与优化器状态的字节数，"
+        f"平均 {mean_zh}，峰值 {peak_zh}。",
         figures=figures,
     )
 
