@@ -47,12 +47,17 @@ def same_adapter() -> Evidence:
     shapes = {k: (v.shape, v.dtype) for k, v in a.items()} == {k: (v.shape, v.dtype) for k, v in b.items()}
     same = shapes and config_a.to_dict() == config_b.to_dict() and sizes["lora"] == sizes["qlora"]
     kept = sum(case["kept"] for case in exchanged.values())
+    size = f"{sizes['qlora']['adapter_model.safetensors']:,}"
+    of_lora, of_qlora = (f"{run.accuracy:.1%}" for run in runs.values())
+    on_codes, on_full = (f"{exchanged[case]['accuracy']:.1%}" for case in ("lora into qlora", "qlora into lora"))
     return Evidence(
         f"Both have {len(a)} arrays, with {'the same' if same else 'different'} names, shapes and dtypes, configs and "
-        f"sizes of files ({sizes['qlora']['adapter_model.safetensors']:,} bytes), and {kept} of {len(exchanged)} load "
-        f"into the other's base to the bit. Accuracy of LoRA's {runs['lora'].accuracy:.1%}, on codes "
-        f"{exchanged['lora into qlora']['accuracy']:.1%}; of QLoRA's {runs['qlora'].accuracy:.1%}, on full weights "
-        f"{exchanged['qlora into lora']['accuracy']:.1%}.",
+        f"sizes of files ({size} bytes), and {kept} of {len(exchanged)} load into the other's base to the bit. "
+        f"Accuracy of LoRA's {of_lora}, on codes {on_codes}; of QLoRA's {of_qlora}, on full weights {on_full}.",
+        f"两者都有 {len(a)} 个数组，名称、形状、数据类型、"
+        f"配置和文件大小（{size} 字节）{'都相同' if same else '不尽相同'}；换到对方的基座上，"
+        f"{len(exchanged)} 个中有 {kept} 个逐位载入。LoRA 的适配器准确率为 {of_lora}，放到量化权重上为 {on_codes}；"
+        f"QLoRA 的为 {of_qlora}，放到全精度权重上为 {on_full}。",
         holds=same and kept == len(exchanged),
         figures={"arrays": len(a), "files": sizes, "exchanged": exchanged},
     )
@@ -76,14 +81,17 @@ def merge() -> Evidence:
     left = {c: float(np.mean([share for _, share in each])) for c, each in lost.items()}
     keep, full, codes = (found[how] for how in HOW)
     size = float(np.mean([np.linalg.norm(layers[name]) / np.linalg.norm(starts[name]) for name in layers]))
-    rows = (
-        f"{label} {found[how]['loss']:.4f} ({found[how]['accuracy']:.1%}, {found[how]['output_error']:.0e}, "
-        f"{found[how]['bytes'] / 1e3:.0f} kB)"
-        for how, label in HOW.items()
-    )
+    rows, rows_zh = [], []
+    for how, (label, label_zh) in HOW.items():
+        loss, reached = f"{found[how]['loss']:.4f}", f"{found[how]['accuracy']:.1%}"
+        off, kilobytes = f"{found[how]['output_error']:.0e}", f"{found[how]['bytes'] / 1e3:.0f}"
+        rows.append(f"{label} {loss} ({reached}, {off}, {kilobytes} kB)")
+        rows_zh.append(f"{label_zh} {loss}（{reached}，{off}，{kilobytes} kB）")
     return Evidence(
         f"Loss (accuracy, output error, size): {'; '.join(rows)}. Rounding to codes loses {noise[1.0]:.0%} of ‖ΔW‖, "
         f"where ΔW is {size:.1f} times as large as W; of an update a hundredth as large {left[0.01]:.0%} is left.",
+        f"损失（准确率，输出误差，大小）：{'；'.join(rows_zh)}。舍入成编码会丢掉 ‖ΔW‖ 的 {noise[1.0]:.0%}，"
+        f"此时 ΔW 是 W 的 {size:.1f} 倍大；更新量若只有它的百分之一，则留下其中的 {left[0.01]:.0%}。",
         holds=codes["output_error"] < 1e-5,
         instead=keep["output_error"] == 0
         and full["output_error"] < 1e-5 < codes["output_error"]
@@ -98,7 +106,11 @@ def merge() -> Evidence:
     )
 
 
-HOW = {"keep": "apart", "merge": "merged in full precision", "requantize": "merged into new codes"}
+HOW = {
+    "keep": ("apart", "分开存放"),
+    "merge": ("merged in full precision", "合并到全精度"),
+    "requantize": ("merged into new codes", "合并后重新量化"),
+}
 
 
 @no_grad()
@@ -139,6 +151,10 @@ def inference_dequant() -> Evidence:
         f"codes. A fused product that sums inputs by code and never forms W gives the same within {table_error:.0e}, "
         f"but looks up all {looked_up:,} codes too. Only merged in full precision it is {full['weights']}, at 32 bits "
         "a weight.",
+        f"适配器分开存放时，训练好的 MLP 推理一次要反量化 {layers} 个量化权重中的 {apart['weights']} 个（"
+        f"{apart['numbers']:,} 个数）；合并后重新量化，仍是 {again['weights']} 个。融合乘法按编码把输入相加，"
+        f"从不展开 W，结果相差不超过 {table_error:.0e}，但同样要查完全部 {looked_up:,} 个编码。"
+        f"只有合并到全精度才是 {full['weights']} 个，每个权重则要 32 比特。",
         holds=apart["weights"] == again["weights"] == 0,
         instead=apart["weights"] == again["weights"] == layers
         and apart["numbers"] == numbers

@@ -65,6 +65,9 @@ def nf4_is_normal() -> Evidence:
         f"most {difference.max():.1e} ({int((difference > 0).sum())} in their last bits; from probabilities in float32 "
         f"{exact} of 16 are the same bits). Steps are {gaps.min():.3f} near zero and {gaps.max():.3f} at the "
         "ends.",
+        f"由 N(0, 1) 的分位数（最大到 p = {steps.offset}）推出的十六个数，与公布的常数最多相差 {difference.max():.1e}"
+        f"（{int((difference > 0).sum())} 个在末几位上不同；概率用 float32 计算时，16 个中有 {exact} 个逐位相同）。"
+        f"相邻两数的间隔，零附近为 {gaps.min():.3f}，两端为 {gaps.max():.3f}。",
         holds=float(difference.max()) <= 1.2e-7 and exact == 16 and float(gaps.max()) > 2 * float(gaps.min()),
         figures={
             "published": published.tolist(),
@@ -90,14 +93,17 @@ def nf4_error() -> Evidence:
     least = sum(case["error"]["nf4"] < min(case["error"]["fp4"], case["error"]["int4"]) for case in cases)
     excess = {name: [case["error"]["nf4"] / case["lloyd_max"] - 1 for case in found[name].values()] for name in found}
     usual, wide = found["normal"][64], found["normal"][4096]
-    error = usual["error"]
+    nf4, fp4, int4 = (f"{usual['error'][code]:.4f}" for code in CODES)
+    bits = [f"{usual['entropy'][code]:.2f}" for code in CODES]
+    best, best_wide, nf4_wide = f"{usual['lloyd_max']:.4f}", f"{wide['lloyd_max']:.4f}", f"{wide['error']['nf4']:.4f}"
     entropy = {name: [case["entropy"]["nf4"] for case in by_size.values()] for name, by_size in found.items()}
     return Evidence(
         f"Smallest squared error of the three in {least} of {len(cases)} cases; normal weights, blocks of 64: NF4 "
-        f"{error['nf4']:.4f} of ‖W‖², FP4 {error['fp4']:.4f}, INT4 {error['int4']:.4f}, codes of "
-        f"{usual['entropy']['nf4']:.2f}, {usual['entropy']['fp4']:.2f}, {usual['entropy']['int4']:.2f} bits entropy. "
-        f"But it is no optimum: a Lloyd–Max code has {usual['lloyd_max']:.4f}, and in blocks of 4096 "
-        f"{wide['lloyd_max']:.4f} where NF4 has {wide['error']['nf4']:.4f}.",
+        f"{nf4} of ‖W‖², FP4 {fp4}, INT4 {int4}, codes of {', '.join(bits)} bits entropy. But it is no optimum: a "
+        f"Lloyd–Max code has {best}, and in blocks of 4096 {best_wide} where NF4 has {nf4_wide}.",
+        f"三种编码相比，{len(cases)} 种情形中有 {least} 种平方误差最小；正态权重、块大小 64 时：NF4 为 ‖W‖² 的 {nf4}，"
+        f"FP4 为 {fp4}，INT4 为 {int4}，编码的熵依次为 {'、'.join(bits)} 比特。但它并不是最优："
+        f"Lloyd–Max 编码为 {best}；块大小 4096 时，Lloyd–Max 为 {best_wide}，NF4 为 {nf4_wide}。",
         holds=all(e <= 0.01 for values in excess.values() for e in values),
         within=least == len(cases),
         figures={
@@ -180,6 +186,9 @@ def storage() -> Evidence:
         f"Live bytes of a 1024² layer: codes and scales take {single[64]:.3f} bits a weight in blocks of 64 "
         f"(4 + 32/64), {double[64]:.3f} with the block maxima quantized too, instead of {full:.0f}: "
         f"{full / double[64]:.2f} times smaller than float32. 4 bits are the codes alone.",
+        f"1024² 的层实际占用：块大小 64 时，编码与块最大值合计每个权重 {single[64]:.3f} 比特（4 + 32/64），"
+        f"块最大值也量化后为 {double[64]:.3f} 比特，而原来是 {full:.0f}：float32 的大小是它的 {full / double[64]:.2f} "
+        "倍。4 比特指的只是编码本身。",
         holds=right and 4 < double[64] < single[64] < 5,
         figures={
             "single": {str(k): v for k, v in single.items()},
@@ -196,11 +205,15 @@ def double_quantization() -> Evidence:
     normal, trained = found["normal"], found["trained"]
     matrices = 6_476_005_376  # the weights in a 7B Llama's blocks
     saved = matrices * 4 / 64 - (nf4_bytes(matrices) - matrices // 2)
+    bits, gigabytes = f"{normal['saved']:.3f}", f"{saved / 1e9:.2f}"
+    grows, grows_trained = (f"{case['error_ratio'] - 1:.2%}" for case in (normal, trained))
+    off, off_trained = (f"{case['maxima']:.2%}" for case in (normal, trained))
     return Evidence(
-        f"{normal['saved']:.3f} bits a weight are saved ({saved / 1e9:.2f} GB of a 7B model), and the squared error "
-        f"grows by {normal['error_ratio'] - 1:.2%} on normal weights and {trained['error_ratio'] - 1:.2%} on trained "
-        f"ones: the block maxima themselves are off by {normal['maxima']:.2%} and {trained['maxima']:.2%} of their "
-        "size (root mean square).",
+        f"{bits} bits a weight are saved ({gigabytes} GB of a 7B model), and the squared error grows by {grows} on "
+        f"normal weights and {grows_trained} on trained ones: the block maxima themselves are off by {off} and "
+        f"{off_trained} of their size (root mean square).",
+        f"每个权重省下 {bits} 比特（7B 模型共省 {gigabytes} GB），平方误差在正态权重上增加 {grows}，"
+        f"在训练过的权重上增加 {grows_trained}：块最大值本身的误差分别是其大小的 {off} 和 {off_trained}（均方根）。",
         holds=normal["saved"] > 0.37 and all(1 <= case["error_ratio"] < 1.05 for case in found.values()),
         figures={**found, "saved_bytes_7b": saved},
     )
@@ -236,11 +249,16 @@ def eight_bits() -> Evidence:
     products = {f"{kind} inputs": _products(W, outliers) for kind, outliers in (("even", 0), ("outlying", 4))}
     even, outlying = products["even inputs"], products["outlying inputs"]
     e = {name: error**0.5 for name, (error, _) in weight.items()}
+    dynamic, linear, by_rows, nf4 = f"{e['dynamic']:.2%}", f"{e['linear']:.2%}", f"{e['rows']:.2%}", f"{e['NF4']:.1%}"
+    bits, nf4_bits = f"{weight['dynamic'][1]:.2f}", f"{weight['NF4'][1]:.1f}"
+    off, apart, without = f"{even['threshold']:.2%}", f"{outlying['threshold']:.2%}", f"{outlying['no threshold']:.1%}"
     return Evidence(
-        f"Relative error of normal weights {e['dynamic']:.2%} (dynamic code, blocks of 256), {e['linear']:.2%} (linear "
-        f"code), {e['rows']:.2%} (int8 rows) against NF4's {e['NF4']:.1%}, for {weight['dynamic'][1]:.2f} bits instead "
-        f"of {weight['NF4'][1]:.1f}. LLM.int8() products: {even['threshold']:.2%} off; with 4 outlying columns in the "
-        f"input {outlying['threshold']:.2%}, but {outlying['no threshold']:.1%} if those go through int8 too.",
+        f"Relative error of normal weights {dynamic} (dynamic code, blocks of 256), {linear} (linear code), {by_rows} "
+        f"(int8 rows) against NF4's {nf4}, for {bits} bits instead of {nf4_bits}. LLM.int8() products: {off} off; with "
+        f"4 outlying columns in the input {apart}, but {without} if those go through int8 too.",
+        f"正态权重的相对误差：动态编码（块大小 256）{dynamic}，线性编码 {linear}，按行的 int8 {by_rows}，"
+        f"NF4 则为 {nf4}；代价是每个权重 {bits} 比特，而不是 {nf4_bits} 比特。LLM.int8() 的乘积误差为 {off}；"
+        f"输入有 4 个离群列时为 {apart}，但如果离群列也走 int8，则为 {without}。",
         holds=all(e[name] < e["NF4"] / 4 for name in ("dynamic", "linear", "rows"))
         and abs(live - weight["dynamic"][1]) < 1e-9
         and outlying["threshold"] < 0.02 < outlying["no threshold"],

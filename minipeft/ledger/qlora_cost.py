@@ -15,7 +15,7 @@ from ..nn import Module
 from ..peft import get_peft_model
 from ..quant import linear as coded
 from ..quant import quantize_model
-from . import Evidence, claim
+from . import Evidence, chinese_marks, claim
 from .qlora_steps import chain, chain_loss, dequantizations
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -38,6 +38,8 @@ def speed() -> Evidence:
     return Evidence(
         f"QLoRA's speed as a share of LoRA's, a step of two layers (width × rows): {text}. A weight is dequantized "
         "once a product, however many rows that has.",
+        f"两层网络的一步，QLoRA 的速度与 LoRA 之比（宽度 × 行数）：{chinese_marks(text)}。每次乘法只反量化一次权重，"
+        "与行数多少无关。",
         figures=found,
     )
 
@@ -76,12 +78,17 @@ def batch() -> Evidence:
     throughput = {name: rows["qlora" if name == "QLoRA" else "lora"] / t.median for name, t in times.items()}
     predicted = _predicted_throughput(models["qlora"], rows, times["LoRA"].median)
     big = {kind: largest_batch(functools.partial(_llama_bytes, kind), GPU) for kind in models}
+    room, live_lora, live_qlora = (f"{size / 1e6:.1f}" for size in (budget, live["lora"], live["qlora"]))
+    of_lora, of_same, of_own, expected = (f"{rate:,.0f}" for rate in (*throughput.values(), predicted))
     return Evidence(
-        f"{DEPTH} layers of {WIDTH}² in {budget / 1e6:.1f} MB: {rows['lora']} rows with LoRA, {rows['qlora']} with "
-        f"QLoRA by formula, {live['lora'] / 1e6:.1f} and {live['qlora'] / 1e6:.1f} MB live. Rows a second: LoRA "
-        f"{throughput['LoRA']:,.0f}, QLoRA {throughput['QLoRA, same batch']:,.0f} with the same batch and "
-        f"{throughput['QLoRA']:,.0f} with its own ({predicted:,.0f} by formula). 7B in 24 GB (16 bits, 512 tokens, "
-        f"checkpointing): {big['lora']} and {big['qlora']} sequences.",
+        f"{DEPTH} layers of {WIDTH}² in {room} MB: {rows['lora']} rows with LoRA, {rows['qlora']} with QLoRA by "
+        f"formula, {live_lora} and {live_qlora} MB live. Rows a second: LoRA {of_lora}, QLoRA {of_same} with the same "
+        f"batch and {of_own} with its own ({expected} by formula). 7B in 24 GB (16 bits, 512 tokens, checkpointing): "
+        f"{big['lora']} and {big['qlora']} sequences.",
+        f"{room} MB 中训练 {DEPTH} 个 {WIDTH}² 的层：按公式，LoRA 的批大小为 {rows['lora']} 行，"
+        f"QLoRA 为 {rows['qlora']} 行，实际占用 {live_lora} 与 {live_qlora} MB。每秒行数：LoRA {of_lora}；"
+        f"QLoRA 用同样的批大小为 {of_same}，用自己的为 {of_own}（公式预计 {expected}）。24 GB 中的 7B（16 比特，"
+        f"512 词元，激活重算）：{big['lora']} 与 {big['qlora']} 条序列。",
         figures={
             "budget": budget,
             "rows": rows,
@@ -163,13 +170,18 @@ def seven_billion() -> Evidence:
     kept = largest_batch(lambda seq: sum(qlora_parts("7B", 16, seq, False).values()), 6 * 10**9)
     others = {size: sum(qlora_parts(size, 16, 512, True).values()) / 1e9 for size in ("13B", "33B", "65B")}
     formula, live = _small_llama()
+    shown = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    shown_zh = "，".join(f"{PARTS_ZH[name]} {size / 1e9:.2f}" for name, size in parts.items())
+    hold = ", ".join(f"{r} {f'up to {seq} tokens' if seq else 'not at all'}" for r, seq in longest.items())
+    hold_zh = "，".join(f"{r} 时{f'最多 {seq} 词元' if seq else '放不下'}" for r, seq in longest.items())
+    total = f"{sum(parts.values()) / 1e9:.2f}"
     return Evidence(
-        "Batch 1, 512 tokens, r = 16, checkpointing, in GB: "
-        + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-        + f"; sum {sum(parts.values()) / 1e9:.2f}, without a GPU's runtime. 6 GB hold r = "
-        + ", ".join(f"{r} {f'up to {seq} tokens' if seq else 'not at all'}" for r, seq in longest.items())
-        + f"; without checkpointing r = 16 up to {kept}. Of {len(fits)} settings 5 GB hold {len(within[5])}, "
+        f"Batch 1, 512 tokens, r = 16, checkpointing, in GB: {shown}; sum {total}, without a GPU's runtime. 6 GB hold "
+        f"r = {hold}; without checkpointing r = 16 up to {kept}. Of {len(fits)} settings 5 GB hold {len(within[5])}, "
         f"6 GB {len(within[6])}.",
+        f"批大小 1，512 词元，r = 16，激活重算，单位 GB：{shown_zh}；合计 {total}，不含 GPU 运行时。6 GB 能放下："
+        f"r = {hold_zh}；不用激活重算，r = 16 时最多 {kept}。{len(fits)} 种设置中，5 GB 放得下 {len(within[5])} 种，"
+        f"6 GB 放得下 {len(within[6])} 种。",
         holds=formula == live and len(within[6]) == len(fits),
         within=formula == live and len(within[6]) > 0,
         figures={
@@ -204,6 +216,17 @@ def qlora_parts(size: str, r: int, seq: int, checkpointing: bool, batch: int = 1
         "activations": half.activations,
         "one weight dequantized": 2 * max(matrices),
     }
+
+
+PARTS_ZH = {
+    "weights in 4.127 bits": "4.127 比特的权重",
+    "embeddings, head, norms": "词嵌入、输出头、归一化",
+    "adapters": "适配器",
+    "gradients": "梯度",
+    "AdamW": "AdamW 状态",
+    "activations": "激活值",
+    "one weight dequantized": "一个反量化的权重",
+}
 
 
 def _small_llama() -> tuple[int, int]:

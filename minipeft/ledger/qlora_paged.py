@@ -28,20 +28,30 @@ def paged() -> Evidence:
             optimizer.step()
     equal = all(a.data.tobytes() == b.data.tobytes() for a, b in zip(*params.values(), strict=True))
     capped = _under_a_cap() if sys.platform == "linux" else None
-    bounded = "No cap was tried on this system."
+    bounded, bounded_zh = "No cap was tried on this system.", "在这个系统上没有尝试限制内存。"
     if capped is not None:
+        room, state, pages = (f"{capped[part] / 1e6:.0f}" for part in ("room", "state", "file"))
+        own, ended = f"{capped['anonymous'] / 1e6:.1f}", {name: _ENDS_ZH[capped[name]] for name in params}
         bounded = (
-            f"In a process with {capped['room'] / 1e6:.0f} MB left for {capped['state'] / 1e6:.0f} MB of state AdamW "
-            f"ends in {capped['AdamW']}; PagedAdamW has {capped['PagedAdamW']} with {capped['anonymous'] / 1e6:.1f} MB "
-            f"more of its own and {capped['file'] / 1e6:.0f} MB in pages of files, which the system may take back."
+            f"In a process with {room} MB left for {state} MB of state AdamW ends in {capped['AdamW']}; PagedAdamW has "
+            f"{capped['PagedAdamW']} with {own} MB more of its own and {pages} MB in pages of files, which the system "
+            "may take back."
         )
+        bounded_zh = (
+            f"进程只剩 {room} MB 可用，而优化器状态需要 {state} MB：AdamW {ended['AdamW']}；"
+            f"PagedAdamW {ended['PagedAdamW']}，自身内存多占 {own} MB，另有 {pages} MB 在文件页中，系统随时可以收回。"
+        )
+    numbers = f"{sum(p.size for p in params['AdamW']):,}"
     return Evidence(
-        f"After 5 steps {sum(p.size for p in params['AdamW']):,} numbers {'are' if equal else 'are not'} AdamW's to "
-        f"the bit. {bounded}",
+        f"After 5 steps {numbers} numbers {'are' if equal else 'are not'} AdamW's to the bit. {bounded}",
+        f"5 步之后，{numbers} 个数与 AdamW 的结果{'逐位相同' if equal else '不是逐位相同'}。{bounded_zh}",
         holds=equal and capped is not None and _bounded(capped),
         within=equal and capped is None,
         figures={"equal": equal, "capped": capped},
     )
+
+
+_ENDS_ZH = {"finished": "顺利完成", "MemoryError": "内存不足（MemoryError）"}
 
 
 def _parameters() -> list[nn.Parameter]:

@@ -126,13 +126,19 @@ def static_quant() -> Evidence:
     nearest, stochastic = runs["nearest"], runs["stochastic"]
     small, vanished = float(np.mean(nearest.small)), float(np.mean(nearest.vanished))
     loses = {name: loss[name] > 1.5 * loss["not rounded"] for name in ("nearest", "stochastic")}
+    ends = {name: (f"{loss[name]:.2f}", f"{run.accuracy:.0%}") for name, run in runs.items()}
+    ends["QLoRA"] = f"{end_of(qlora.losses):.2f}", f"{qlora.accuracy:.0%}"
+    coarse, exact, random, codes = (ends[name] for name in ("nearest", "not rounded", "stochastic", "QLoRA"))
+    _, large_steps = ends["nearest, lr ×10"]
     return Evidence(
         f"Rounded to the nearest code after every step, {small:.1%} of updates are below half a code step and "
-        f"{vanished:.1%} vanish: loss {loss['nearest']:.2f} after {STEPS} steps, accuracy {nearest.accuracy:.0%}; not "
-        f"rounded {loss['not rounded']:.2f}, {runs['not rounded'].accuracy:.0%}; QLoRA {end_of(qlora.losses):.2f}, "
-        f"{qlora.accuracy:.0%}. Steps ten times as large reach {runs['nearest, lr ×10'].accuracy:.0%}; stochastic "
-        f"rounding keeps updates on average: {loss['stochastic']:.2f}, {stochastic.accuracy:.0%}, with full "
-        "fine-tuning's gradients and states.",
+        f"{vanished:.1%} vanish: loss {coarse[0]} after {STEPS} steps, accuracy {coarse[1]}; not rounded {exact[0]}, "
+        f"{exact[1]}; QLoRA {codes[0]}, {codes[1]}. Steps ten times as large reach {large_steps}; stochastic rounding "
+        f"keeps updates on average: {random[0]}, {random[1]}, with full fine-tuning's gradients and states.",
+        f"每步之后都舍入到最近的编码时，{small:.1%} 的更新不足半个编码间隔，{vanished:.1%} 的更新消失："
+        f"{STEPS} 步后损失 {coarse[0]}，准确率 {coarse[1]}；不舍入为 {exact[0]}、{exact[1]}；QLoRA 为 {codes[0]}、"
+        f"{codes[1]}。步长放大十倍，准确率为 {large_steps}；随机舍入在平均意义上保住了更新（{random[0]}、"
+        f"{random[1]}），但梯度和优化器状态与全量微调一样多。",
         holds=all(loses.values()) and small > 0.5,
         within=loses["nearest"] and small > 0.5 and vanished > 0.5 and loss["nearest"] > 1.5 * end_of(qlora.losses),
         figures={
@@ -225,16 +231,25 @@ def _gradients(model: Module, batch: Any) -> np.ndarray:
 def four_bit_arithmetic() -> Evidence:
     """QLoRA with its products' inputs and gradients rounded to 4 bits: loss, accuracy, error of the gradients."""
     found = {name: train_in_four_bits(name) for name in ARITHMETIC}
-    told = ("full precision", "gradients in blocks", "inputs and gradients, one scale", "adapters too")
-    rows = (
-        f"{name} {end_of(found[name]['curve']):.3g} ({found[name]['accuracy']:.0%}, "
-        f"{found[name]['gradient_error']:.0%} off)"
-        for name in told
-    )
+    told = {
+        "full precision": "全精度",
+        "gradients in blocks": "分块的梯度",
+        "inputs and gradients, one scale": "共用一个缩放系数的输入和梯度",
+        "adapters too": "再加上适配器",
+    }
+    rows, rows_zh = [], []
+    for name, zh in told.items():
+        loss, reached = f"{end_of(found[name]['curve']):.3g}", f"{found[name]['accuracy']:.0%}"
+        off = f"{found[name]['gradient_error']:.0%}"
+        rows.append(f"{name} {loss} ({reached}, {off} off)")
+        rows_zh.append(f"{zh} {loss}（{reached}，误差 {off}）")
     grown = found["adapters too"]["update"] / found["full precision"]["update"]
     return Evidence(
         f"Loss after {STEPS} steps (accuracy, error of the gradients at the end) by what is in 4 bits: "
         f"{'; '.join(rows)}. With the adapters in NF4 ‖ΔW‖ grows {grown:.0f} times as large: numbers near their "
         "block's maximum are rounded up to it, and steps down from there are below half a code step.",
+        f"{STEPS} 步后的损失（准确率，最后的梯度误差），按用 4 比特的量列出：{'；'.join(rows_zh)}。"
+        f"适配器也存成 NF4 时，‖ΔW‖ 增大到 {grown:.0f} 倍：接近块最大值的数会被舍入到最大值，"
+        "而从那里往回走的一步又不足半个编码间隔。",
         figures=found,
     )

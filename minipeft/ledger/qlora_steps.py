@@ -75,12 +75,17 @@ def dynamic_dequant() -> Evidence:
     kept = {depth: (peak["kept"] - peak["lora"]) / weight for depth, peak in peaks.items()}
     timeline, captured, released = _timeline(4)
     at_once = max(moment["full_weights"] for moment in timeline)
+    depths = [str(depth) for depth in peaks]
+    above, above_kept = [f"{e:.2f}" for e in extra.values()], [f"{k:.1f}" for k in kept.values()]
     return Evidence(
-        f"A step's peak lies {', '.join(f'{e:.2f}' for e in extra.values())} full weights above LoRA's in chains of "
-        f"{', '.join(map(str, extra))} layers of {WIDTH}² (one weight, and the dequantizer's scratch; all kept: "
-        f"{', '.join(f'{k:.1f}' for k in kept.values())}). At each of {len(timeline)} dequantizations in a step "
-        f"{at_once} array of a weight's size is alive, a buffer that the next one overwrites; {captured} are kept for "
-        "backward.",
+        f"A step's peak lies {', '.join(above)} full weights above LoRA's in chains of {', '.join(depths)} layers of "
+        f"{WIDTH}² (one weight, and the dequantizer's scratch; all kept: {', '.join(above_kept)}). At each of "
+        f"{len(timeline)} dequantizations in a step {at_once} array of a weight's size is alive, a buffer that the "
+        f"next one overwrites; {captured} are kept for backward.",
+        f"{'、'.join(depths)} 个 {WIDTH}² 的层相连时，一步的内存峰值比 LoRA 高 {'、'.join(above)} 个完整权重（一个是权"
+        f"重本身，其余是反量化的临时空间；若全部保留则高 {'、'.join(above_kept)} 个）。"
+        f"一步中的 {len(timeline)} 次反量化，每次都只有 {at_once} 个权重大小的数组存在，下一次会覆盖这块缓冲区；"
+        f"为反向传播保留的有 {captured} 个。",
         # Scratch is an index for each code that a thread is at: up to a weight's bytes where threads are many
         holds=max(extra.values()) < 2.25
         and max(extra.values()) - min(extra.values()) < 0.75
@@ -153,10 +158,15 @@ def forward() -> Evidence:
         through_codes = model(x).data
         dequantized = dequantize_model(model)(x).data
     difference = float(np.abs(through_codes - dequantized).max() / np.abs(dequantized).max())
+    differ, differ_zh = "are the same bits", "逐位相同"
+    if difference:
+        differ, differ_zh = f"differ by {difference:.1e} of the largest", f"最多相差最大值的 {difference:.1e}"
     return Evidence(
-        f"Logits of {len(x)} images by a trained QLoRA model and by LoRA on its dequantized weights "
-        f"{f'differ by {difference:.1e} of the largest' if difference else 'are the same bits'}; each layer is within "
-        f"{max(errors):.1e} of the formula in float64 (with the scale s = α/r, which the document leaves out).",
+        f"Logits of {len(x)} images by a trained QLoRA model and by LoRA on its dequantized weights {differ}; each "
+        f"layer is within {max(errors):.1e} of the formula in float64 (with the scale s = α/r, which the document "
+        "leaves out).",
+        f"训练好的 QLoRA 模型，与在其反量化后的权重上做 LoRA 相比，{len(x)} 张图像的 logits {differ_zh}；"
+        f"每一层与 float64 计算的公式相差不超过 {max(errors):.1e}（公式含缩放系数 s = α/r，文档中省略了）。",
         holds=difference < 1e-5 and max(errors) < 1e-5,
         figures={"difference": difference, "formula": errors},
     )
@@ -197,6 +207,10 @@ def backward() -> Evidence:
         f"products are LoRA's, {counted['qlora'] / 1e6:.0f} Mflop (with ∇W they would be "
         f"{with_gradient_of_w / 1e6:.0f}), and no gradient of W's size exists. Gradients of A and B are within "
         f"{differences:.1e} of central differences, and equal to those through ∇W within {through_w:.1e}.",
+        f"更新 A、B 用不到 ∇W：反向传播会再次反量化（{depth} 层中的 {again} 层；第一层不需要 dx），"
+        f"但乘法与 LoRA 一样，是 {counted['qlora'] / 1e6:.0f} Mflop（计算 ∇W 则要 {with_gradient_of_w / 1e6:.0f}），"
+        f"也没有任何与 W 同样大的梯度。A、B 的梯度与中心差分相差不超过 {differences:.1e}，"
+        f"与经过 ∇W 算出的相差不超过 {through_w:.1e}。",
         holds=counted["qlora"] >= with_gradient_of_w,
         instead=nothing and again == depth - 1 and differences < 1e-6 and through_w < 1e-12,
         figures={
@@ -261,10 +275,13 @@ def requantize() -> Evidence:
     after = {name: coded_bytes(layer.quantized) for name, layer in coded_layers(run.model).items()}
     same = sum(after[name] == run.codes[name] for name in after)
     again = [_changed_by_requantizing(layer.quantized) for layer in coded_layers(run.model).values()]
+    size, steps = sum(map(len, after.values())), len(run.losses)
     return Evidence(
-        f"The codes are never written again: codes and scales of {same} of {len(after)} layers "
-        f"({sum(map(len, after.values())):,} bytes) are the same before and after {len(run.losses)} steps. The full "
-        f"weight is dropped; quantizing it again would change {np.mean(again):.2%} of the codes.",
+        f"The codes are never written again: codes and scales of {same} of {len(after)} layers ({size:,} bytes) are "
+        f"the same before and after {steps} steps. The full weight is dropped; quantizing it again would change "
+        f"{np.mean(again):.2%} of the codes.",
+        f"编码自始至终没有改写过：训练 {steps} 步前后，{len(after)} 层中有 {same} 层的编码与块最大值（共 {size:,} 字"
+        f"节）完全相同。高精度的权重用完即丢弃；如果再量化一次，会有 {np.mean(again):.2%} 的编码改变。",
         holds=same < len(after),
         instead=same == len(after),
         figures={"layers": len(after), "unchanged": same, "changed_by_requantizing": again},

@@ -18,7 +18,7 @@ from ..quant import QuantizedLinear, QuantizedTensor, quantize_model
 from ..recipes import METHODS
 from ..tensor import Tensor, no_grad
 from ..train import fit
-from . import Evidence, claim
+from . import Evidence, chinese_marks, claim
 from .runs import BATCH, STEPS, adapt
 
 
@@ -93,6 +93,9 @@ def quality() -> Evidence:
     return Evidence(
         f"MLP on shifted digits, r = 8, {STEPS} steps, {len(seeds)} seeds, loss and accuracy: {text}. QLoRA's accuracy "
         f"is {100 * gap:.1f} points below full fine-tuning's, of which 4 bits make {100 * of_codes:.1f}.",
+        f"MLP，旋转的手写数字，r = 8，{STEPS} 步，{len(seeds)} 个种子，损失与准确率："
+        f"{chinese_marks(text).replace('full', '全量微调')}。QLoRA 的准确率比全量微调低 {100 * gap:.1f} 个百分点，"
+        f"其中 {100 * of_codes:.1f} 个来自 4 比特量化。",
         figures={
             "loss": loss,
             "accuracy": reached,
@@ -117,11 +120,15 @@ def low_bits() -> Evidence:
             **{f"{task}_loss": end_of(run.losses) for task, run in runs.items()},
             **{f"{task}_accuracy": run.accuracy for task, run in runs.items()},
         }
-    text = lambda key, form: ", ".join(format(f[key], form) for f in found.values())  # noqa: E731
+    shown = {"weight_error": ".1%", "own_loss": ".3f", "easy_accuracy": ".1%", "hard_accuracy": ".1%"}
+    rows = [list(map(str, found)), *([format(f[key], form) for f in found.values()] for key, form in shown.items())]
+    bits, off, loss, easy, hard = map(", ".join, rows)
+    bits_zh, off_zh, loss_zh, easy_zh, hard_zh = map("、".join, rows)
     return Evidence(
-        f"At {', '.join(map(str, found))} bits the MLP's weights are {text('weight_error', '.1%')} off; loss on the "
-        f"digits that it knows {text('own_loss', '.3f')}; accuracy after adapting to mirrored digits (easy) "
-        f"{text('easy_accuracy', '.1%')}, to rotated ones (hard) {text('hard_accuracy', '.1%')}.",
+        f"At {bits} bits the MLP's weights are {off} off; loss on the digits that it knows {loss}; accuracy after "
+        f"adapting to mirrored digits (easy) {easy}, to rotated ones (hard) {hard}.",
+        f"{bits_zh} 比特时，MLP 的权重误差依次为 {off_zh}；在原任务的数字上，损失为 {loss_zh}；适配镜像数字（易）后，"
+        f"准确率为 {easy_zh}；适配旋转数字（难）后为 {hard_zh}。",
         figures={str(bits): f for bits, f in found.items()},
     )
 
@@ -139,7 +146,7 @@ def error_compensation() -> Evidence:
         outputs = base(x).data
     found = {}
     for quant in ("nf4", "nf2"):
-        models = {objective: _compensating(quant, objective) for objective in ("nothing", "loftq", "task", "outputs")}
+        models = {objective: _compensating(quant, objective) for objective in OBJECTIVES}
         found[quant] = {
             objective: {"output_error": _relative(model(x).data, outputs), "loss": _loss(model, x, y)}
             for objective, model in models.items()
@@ -148,23 +155,31 @@ def error_compensation() -> Evidence:
     by_training = all(e["task"] < e["nothing"] for e in error.values())
     possible = all(max(e["outputs"], e["loftq"]) < e["nothing"] for e in error.values())
     two = found["nf2"]
-    rows = (
-        f"{label} {error['nf4'][name]:.1%} and {error['nf2'][name]:.0%}"
-        for name, label in {
-            "nothing": "with B = 0",
-            "loftq": "with LoftQ's start",
-            "task": "trained for the labels",
-            "outputs": "trained for the base's outputs",
-        }.items()
+    rows, rows_zh = [], []
+    for name, (label, label_zh) in OBJECTIVES.items():
+        four, coarse = f"{error['nf4'][name]:.1%}", f"{error['nf2'][name]:.0%}"
+        rows.append(f"{label} {four} and {coarse}")
+        rows_zh.append(f"{label_zh} {four} 与 {coarse}")
+    before, after, of_base = (
+        f"{loss:.3f}" for loss in (two["nothing"]["loss"], two["task"]["loss"], _loss(base, x, y))
     )
     return Evidence(
         f"Output error against the base on the digits that it knows, in 4 and 2 bits: {'; '.join(rows)}. Training for "
-        f"labels compensates the loss, not the outputs: in 2 bits {two['nothing']['loss']:.3f} before, "
-        f"{two['task']['loss']:.3f} after (base {_loss(base, x, y):.3f}).",
+        f"labels compensates the loss, not the outputs: in 2 bits {before} before, {after} after (base {of_base}).",
+        f"在原任务的数字上，4 比特与 2 比特时输出与原模型的相对误差：{'；'.join(rows_zh)}。按标签训练补偿的是损失，"
+        f"而不是输出：2 比特时，损失由 {before} 变为 {after}（原模型 {of_base}）。",
         holds=by_training and possible,
         within=possible and two["task"]["loss"] < two["nothing"]["loss"],
         figures={**found, "base_loss": _loss(base, x, y)},
     )
+
+
+OBJECTIVES = {
+    "nothing": ("with B = 0", "B = 0 时"),
+    "loftq": ("with LoftQ's start", "LoftQ 初始化"),
+    "task": ("trained for the labels", "按标签训练后"),
+    "outputs": ("trained for the base's outputs", "按原模型的输出训练后"),
+}
 
 
 def _relative(outputs: np.ndarray, expected: np.ndarray) -> float:
