@@ -21,12 +21,19 @@ from ..nn import Module
 from ..peft import get_peft_model
 from ..tensor import Tensor, no_grad
 from ..train import Progress, classification_loss, fit
-from . import Evidence, claim
+from . import Evidence, chinese_marks, claim
 from .runs import BATCH
 
 STEPS, RATES = 100, (1e-2, 2e-2, 5e-2)
 FORMS = {"penalty": "penalty", "Gram–Schmidt": "gram-schmidt"}
 SCORES = ("sensitivity", "magnitude")
+NAMES_ZH = {
+    "LoRA": "LoRA",
+    "penalty": "惩罚项",
+    "Gram–Schmidt": "Gram–Schmidt",
+    "neither": "都不用",
+    "magnitude score": "按幅度评分",
+}
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,9 @@ def svd_form() -> Evidence:
         f"PΛQ is LoRA's BA with B = P, A = ΛQ within {max(product):.1e}; with orthonormal P and Q the |λ| are ΔW's "
         f"singular values within {max(values):.1e} ({len(product)} random layers). A trained float32 layer gives "
         f"Wx + s·PΛQx within {forward:.1e} of its largest output.",
+        f"PΛQ 就是 LoRA 的 BA（B = P，A = ΛQ），相差不超过 {max(product):.1e}；P 的列、Q 的行标准正交时，"
+        f"|λ| 就是 ΔW 的奇异值，相差不超过 {max(values):.1e}（{len(product)} 个随机层）。"
+        f"训练过的 float32 层给出 Wx + s·PΛQx，误差不超过最大输出的 {forward:.1e}。",
         holds=max(product) < 1e-12 and max(values) < 1e-12 and forward < 1e-5,
         figures={"product": product, "singular_values": values, "forward": forward},
     )
@@ -156,10 +166,15 @@ def orthogonal() -> Evidence:
     )
     exact, near = end["Gram–Schmidt"] < 1e-5, end["penalty"] < 0.1 * end["neither"]
     works = all(np.mean(loss[name]) < np.mean(loss["neither"]) for name in FORMS)
-    shown = ", ".join(f"{name} {end[name]:.1e} (loss {np.mean(loss[name]):.3f})" for name in runs)
+    ends = {name: (f"{end[name]:.1e}", f"{np.mean(loss[name]):.3f}") for name in runs}
+    shown = ", ".join(f"{name} {distance} (loss {reached})" for name, (distance, reached) in ends.items())
+    shown_zh = "，".join(f"{NAMES_ZH[name]} {distance}（损失 {reached}）" for name, (distance, reached) in ends.items())
+    ratio = f"{seconds.ratios['Gram–Schmidt']:.1f}"
     return Evidence(
         "The paper adds ‖PᵀP − I‖² + ‖QQᵀ − I‖² to the loss (eq. 4); projecting works too. Largest ‖PᵀP − I‖ after "
-        f"{STEPS} steps: {shown}; Gram–Schmidt takes {seconds.ratios['Gram–Schmidt']:.1f} times the penalty's time.",
+        f"{STEPS} steps: {shown}; Gram–Schmidt takes {ratio} times the penalty's time.",
+        f"论文是在损失中加上 ‖PᵀP − I‖² + ‖QQᵀ − I‖²（式 4）；投影也行得通。{STEPS} 步后最大的 ‖PᵀP − I‖：{shown_zh}；"
+        f"Gram–Schmidt 的用时是惩罚项的 {ratio} 倍。",
         holds=exact and end["penalty"] < 1e-5,
         instead=exact and near and works,
         figures={
@@ -230,12 +245,19 @@ def importance() -> Evidence:
     half = {name: [one["pruned"][name][2] for one in found] for name in found[0]["pruned"]}
     nearer = all(paper > document for paper, document in zip(*truth.values(), strict=True))
     lower = all(paper < document for paper, document in zip(half["sensitivity"], half["magnitude"], strict=True))
+    whole = [one["pruned"]["cost"][0] for one in found]
+    agree, document, paper = (f"{np.mean(rho):.2f}" for rho in (between, truth["magnitude"], truth["sensitivity"]))
+    by_document, by_paper, random, none = (
+        f"{np.mean(losses):.2f}" for losses in (half["magnitude"], half["sensitivity"], half["at random"], whole)
+    )
     return Evidence(
         "The paper scores by |w·∂L/∂w|, smoothed, times its uncertainty (eqs. 7–11). Rank correlation of the two, 24 "
-        f"directions, 3 seeds: {np.mean(between):.2f}; with what removing a direction costs: document "
-        f"{np.mean(truth['magnitude']):.2f}, paper {np.mean(truth['sensitivity']):.2f}. Training loss with half of "
-        f"them pruned: {np.mean(half['magnitude']):.2f} and {np.mean(half['sensitivity']):.2f} (at random "
-        f"{np.mean(half['at random']):.2f}, none pruned {np.mean([one['pruned']['cost'][0] for one in found]):.2f}).",
+        f"directions, 3 seeds: {agree}; with what removing a direction costs: document {document}, paper {paper}. "
+        f"Training loss with half of them pruned: {by_document} and {by_paper} (at random {random}, none pruned "
+        f"{none}).",
+        "论文用平滑后的 |w·∂L/∂w| 乘以其不确定度来评分（式 7–11）。两种评分的秩相关系数（24 个方向，"
+        f"3 个种子）为 {agree}；与逐个移除方向的真实代价相比，文档的评分为 {document}，论文的为 {paper}。"
+        f"裁剪一半方向后的训练损失分别为 {by_document} 和 {by_paper}（随机裁剪 {random}，不裁剪 {none}）。",
         holds=min(between) > 0.999,
         instead=nearer and lower,
         figures={"seeds": found},
@@ -318,10 +340,14 @@ def prune() -> Evidence:
     cubic = np.floor(8 + (24 - 8) * np.clip(1 - step / fall, 0, None) ** 3 + 1e-9).tolist()
     off = max(abs(b - c) for one in left for b, c in zip(one, cubic, strict=True))
     shown = ", ".join(f"{name} {back[name]} of {cut[name]}" for name in back)
+    shown_zh = "，".join(f"{NAMES_ZH[name]} {cut[name]} 个中的 {back[name]} 个" for name in back)
     return Evidence(
         f"After every step as many of 24 λ are left as the cubic from 24 to 8 asks (largest difference {off:.0f}), "
         f"{'always those' if lowest else 'not always those'} with the highest scores. Zero is not for good, though few "
         f"return: {shown} (2 seeds each).",
+        f"每步之后，24 个 λ 中留下的个数都符合从 24 到 8 的三次曲线（最大相差 {off:.0f}），"
+        f"{'留下的总是' if lowest else '但留下的并不总是'}评分最高的那些。置零之后还能回来，只是不多："
+        f"{shown_zh}（各 2 个种子）。",
         holds=off == 0 and lowest and back["penalty"] + back["Gram–Schmidt"] > 0,
         figures={"left": left, "cubic": cubic, "back": back, "cut": cut},
     )
@@ -334,12 +360,17 @@ def reallocate() -> Evidence:
     off = {name: max(abs(run.ranks[pair] - r) for run in runs[name] for pair, r in UNEQUAL.items()) for name in FORMS}
     loss = {name: [run.loss for run in found] for name, found in runs.items()}
     lower = all(ada < lora for name in FORMS for ada, lora in zip(loss[name], loss["LoRA"], strict=True))
-    found = runs["Gram–Schmidt"][0].ranks
+    wanted, found = (list(map(str, ranks.values())) for ranks in (UNEQUAL, runs["Gram–Schmidt"][0].ranks))
+    lora, penalty, projected = (
+        f"{np.mean(loss[name]):{form}}" for name, form in (("LoRA", ".2f"), ("penalty", ".2f"), ("Gram–Schmidt", ".1e"))
+    )
     return Evidence(
-        f"Planted {', '.join(map(str, UNEQUAL.values()))}: with Gram–Schmidt {', '.join(map(str, found.values()))} are "
-        f"found (largest difference over 2 seeds {off['Gram–Schmidt']}); with the penalty it is {off['penalty']} after "
-        f"the same 200 steps. Loss at the same budget: LoRA {np.mean(loss['LoRA']):.2f}, penalty "
-        f"{np.mean(loss['penalty']):.2f}, Gram–Schmidt {np.mean(loss['Gram–Schmidt']):.1e}.",
+        f"Planted {', '.join(wanted)}: with Gram–Schmidt {', '.join(found)} are found (largest difference over 2 seeds "
+        f"{off['Gram–Schmidt']}); with the penalty it is {off['penalty']} after the same 200 steps. Loss at the same "
+        f"budget: LoRA {lora}, penalty {penalty}, Gram–Schmidt {projected}.",
+        f"实际需要的秩为 {'、'.join(wanted)}：Gram–Schmidt 找到 {'、'.join(found)}（2 个种子中最大相差 "
+        f"{off['Gram–Schmidt']}）；同样 200 步后，惩罚项最大相差 {off['penalty']}。预算相同时的损失：LoRA {lora}，"
+        f"惩罚项 {penalty}，Gram–Schmidt {projected}。",
         holds=off["Gram–Schmidt"] <= 1 and lower,
         figures={
             "planted": UNEQUAL,
@@ -361,9 +392,12 @@ def overhead(width: int = 384, rows: int = 512) -> Evidence:
     steps = {name: functools.partial(_step, *_stack(config, width), x) for name, config in configs.items()}
     ratios = compare_latency(steps, repeat=9, warmup=1).ratios
     shown = ", ".join(f"{name} {ratios[name]:.2f}" for name in options)
+    shown_zh = "，".join(f"{NAMES_ZH[name]} {ratios[name]:.2f}" for name in options)
     return Evidence(
         f"Time of a step ÷ LoRA's, r = 8, four {width}² layers, {rows} rows, ranks allocated at every step: {shown}. "
         "No singular value decomposition is computed: P, λ and Q are trained.",
+        f"一步的用时 ÷ LoRA 一步的用时，r = 8，四个 {width}² 的层，{rows} 行，每步都重新分配秩：{shown_zh}。"
+        "其中并不计算奇异值分解：P、λ、Q 是训练出来的。",
         figures={"time": ratios},
     )
 
@@ -413,6 +447,8 @@ def params() -> Evidence:
     return Evidence(
         f"MLP on shifted digits, {STEPS} steps, 3 seeds, loss (test accuracy): {shown}. AdaLoRA's r = 2 ends with "
         f"{share:.0%} of the parameters of LoRA's r = 8.",
+        f"MLP，旋转的手写数字，{STEPS} 步，3 个种子，损失（测试准确率）：{chinese_marks(shown)}。AdaLoRA 在 r = 2 时，"
+        f"最终参数量是 LoRA 在 r = 8 时的 {share:.0%}。",
         figures=found,
     )
 
@@ -422,13 +458,15 @@ def regularize(few: int = 60) -> Evidence:
     """Test loss minus training loss on few digits: pruned, not pruned, and LoRA of the final rank."""
     kinds = {"12 → 2": (2, 12), "12, not pruned": (12, 12), "LoRA r=2": (2, None)}
     runs = {name: [train(r, init_r, seed, few=few) for seed in range(3)] for name, (r, init_r) in kinds.items()}
-    shown = ", ".join(
-        f"{name} {np.mean([run.gap for run in found]):.2f} ± {np.std([run.gap for run in found]):.2f} "
+    shown = "; ".join(
+        f"{name}: {np.mean([run.gap for run in found]):.2f} ± {np.std([run.gap for run in found]):.2f} "
         f"({np.mean([run.test for run in found]):.0%})"
         for name, found in runs.items()
     )
     return Evidence(
         f"Test loss − training loss (test accuracy) after training on {few} digits, 3 seeds: {shown}.",
+        f"只用 {few} 个数字训练后，测试损失 − 训练损失（测试准确率），3 个种子："
+        f"{chinese_marks(shown.replace('not pruned', '不裁剪'))}。",
         figures={
             name: {"gap": [r.gap for r in found], "accuracy": [r.test for r in found]} for name, found in runs.items()
         },
@@ -442,9 +480,13 @@ def uniform() -> Evidence:
     loss = {name: [run.loss for run in found] for name, found in runs.items()}
     off = {name: max(abs(r - 6) for run in runs[name] for r in run.ranks.values()) for name in FORMS}
     shown = ", ".join(f"{name} {np.mean(values):.1e}" for name, values in loss.items())
+    shown_zh = "，".join(f"{NAMES_ZH[name]} {np.mean(values):.1e}" for name, values in loss.items())
     return Evidence(
         f"Loss after 200 steps, 2 seeds: {shown}. AdaLoRA's ranks are within {off['Gram–Schmidt']} of 6 with "
         f"Gram–Schmidt, within {off['penalty']} with the penalty: it has nothing to gain here, and a rank to misplace.",
+        f"200 步后的损失，2 个种子：{shown_zh}。AdaLoRA 找到的秩，"
+        f"用 Gram–Schmidt 与 6 相差不超过 {off['Gram–Schmidt']}，用惩罚项不超过 {off['penalty']}："
+        "这里它得不到什么好处，反而可能把秩分错。",
         figures={"loss": loss, "ranks": {name: [run.ranks for run in runs[name]] for name in FORMS}},
     )
 
@@ -458,13 +500,16 @@ def sensitive() -> Evidence:
         "deltaT": {1: losses(deltaT=1), 2: losses(), 20: losses(deltaT=20)},
         "r": {r: losses(r) for r in (2, 4, 6)},
     }
-    words = {"init_r": "initial rank", "deltaT": "interval", "r": "final rank"}
-    shown = "; ".join(
-        f"{words[name]} " + ", ".join(f"{value}: {np.mean(own):.3f}" for value, own in by_value.items())
+    words = {"init_r": ("initial rank", "初始秩"), "deltaT": ("interval", "间隔"), "r": ("final rank", "最终秩")}
+    swept = {
+        name: ", ".join(f"{value}: {np.mean(own):.3f}" for value, own in by_value.items())
         for name, by_value in found.items()
-    )
+    }
+    shown = "; ".join(f"{words[name][0]} {losses}" for name, losses in swept.items())
+    shown_zh = "；".join(f"{words[name][1]} {chinese_marks(losses)}" for name, losses in swept.items())
     noise = max(abs(a - b) for by_value in found.values() for a, b in by_value.values())
     return Evidence(
         f"Loss, mean of 2 seeds (apart by up to {noise:.3f}), about initial rank 6, final 4, interval 2: {shown}.",
+        f"损失，2 个种子的平均（两者最多相差 {noise:.3f}），以初始秩 6、最终秩 4、间隔 2 为中心：{shown_zh}。",
         figures={name: {str(value): own for value, own in by.items()} for name, by in found.items()},
     )
