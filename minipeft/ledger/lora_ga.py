@@ -22,7 +22,7 @@ from ..quant.model import quantize_model
 from ..targets import find_targets
 from ..tensor import Tensor
 from ..train import Progress, classification_loss, fit
-from . import Evidence, claim
+from . import Evidence, chinese_marks, claim
 
 R, S = 8, 2.0  # what `minipeft train` has when nothing is said
 BATCHES = 8  # of 64 digits, for a full gradient
@@ -89,11 +89,16 @@ def name() -> Evidence:
     chosen = LoraGAConfig(scale="paper", gradient_batches=BATCHES)
     start["LoRA-GA"] = _overlaps(get_peft_model(_base("mlp"), _config(chosen), _batches(), classification_loss))
     in_vectors = {name: min(min(pair) for pair in pairs) for name, pairs in start.items()}
+    of_both, of_a = f"{in_vectors['LoRA-GA']:.4f}", f"{max(a for a, _ in start['LoRA, accumulating']):.2f}"
     return Evidence(
         "GA is gradient approximation (Wang et al. 2024): A and B start in the singular vectors of the first full "
-        f"gradient, with at least {in_vectors['LoRA-GA']:.4f} of their squared length in the r vectors that the paper "
-        f"names. Accumulation {'leaves LoRA at its start' if kept else 'moves the start'}, with "
-        f"{max(a for a, _ in start['LoRA, accumulating']):.2f} of A's there at most, and B = 0.",
+        f"gradient, with at least {of_both} of their squared length in the r vectors that the paper names. "
+        f"Accumulation {'leaves LoRA at its start' if kept else 'moves the start'}, with {of_a} of A's there at most, "
+        "and B = 0.",
+        "GA 指的是梯度近似（Wang 等，2024）：A、B 从第一步全量梯度的奇异向量出发，"
+        f"其长度的平方至少有 {of_both} 落在论文所说的 r 个向量上。"
+        f"梯度累积{'不改变 LoRA 的初始值' if kept else '会改变初始值'}，其中 A 最多有 {of_a} 落在这些向量上，"
+        "而 B = 0。",
         holds=in_vectors["LoRA, accumulating"] > 0.999,
         instead=in_vectors["LoRA-GA"] > 0.999 and kept,
         figures={"overlap": start},
@@ -134,6 +139,9 @@ def accumulation() -> Evidence:
         f"2 to 16 micro-batches give the gradients of one batch of 64 within {worst['float64']:.0e} of the largest "
         f"(float64) and {worst['float32']:.0e} (float32). They must be of one size: with 48 and 16 digits the mean of "
         f"the two means is off by {unequal:.0%}.",
+        f"用 2 到 16 个微批次累积，与 64 个数字的一个批次相比，梯度相差不超过最大值的 {worst['float64']:.0e}（"
+        f"float64）和 {worst['float32']:.0e}（float32）。微批次的大小必须相同：若是 48 个和 16 个数字，"
+        f"两个平均值再取平均会偏差 {unequal:.0%}。",
         holds=worst["float64"] < 1e-12 and worst["float32"] < 1e-4,
         figures={"difference": {dtype: list(by_n.items()) for dtype, by_n in found.items()}, "unequal": unequal},
     )
@@ -166,11 +174,14 @@ def accumulation_memory() -> Evidence:
     accumulating = {n: _activations(micro, n) for n in numbers}
     whole = {n: _activations(micro * n, 1) for n in numbers}
     same = len(set(accumulating.values())) == 1
+    one, many, at_once = (f"{size / 1e6:.2f}" for size in (accumulating[1], accumulating[8], whole[8]))
     return Evidence(
-        f"{accumulating[1] / 1e6:.2f} MB with one micro-batch of {micro}, {accumulating[8] / 1e6:.2f} MB with "
-        f"{numbers[-1]} accumulated ({'the same' if same else 'not the same'} at every number): each one's are freed "
-        f"by its backward. One batch of {micro * numbers[-1]} keeps {whole[8] / 1e6:.2f} MB: accumulation saves "
-        "activations.",
+        f"{one} MB with one micro-batch of {micro}, {many} MB with {numbers[-1]} accumulated "
+        f"({'the same' if same else 'not the same'} at every number): each one's are freed by its backward. One batch "
+        f"of {micro * numbers[-1]} keeps {at_once} MB: accumulation saves activations.",
+        f"一个大小为 {micro} 的微批次占 {one} MB，累积 {numbers[-1]} 个占 {many} MB（个数不同时"
+        f"{'都一样' if same else '并不一样'}）：每个微批次的激活值在其反向传播后即释放。"
+        f"大小为 {micro * numbers[-1]} 的一个批次要占 {at_once} MB：累积反而节省激活值。",
         holds=max(accumulating.values()) > accumulating[1],
         instead=same and all(whole[n] > 0.9 * n * whole[1] for n in numbers),
         figures={"accumulating": list(accumulating.items()), "one batch": list(whole.items())},
@@ -222,11 +233,16 @@ def accumulate_adapters() -> Evidence:
     exact = all(parts[kind]["gradients"] == wanted[kind] for kind in parts)
     weights = {kind: parts[kind]["weights"] for kind in parts}
     shown = ", ".join(f"{kind} {p['gradients'] / 1e3:.0f} + {p['weights'] / 1e3:.0f}" for kind, p in parts.items())
+    shown_zh = chinese_marks(shown.replace("full", "全量").replace("4-bit", "4 比特"))
+    times = f"{wanted['full'] / wanted['LoRA']:.0f}"
+    of_lora, of_full = (f"{parts[kind]['activations'] / 1e3:.0f}" for kind in ("LoRA", "full"))
     return Evidence(
         f"Four {width}² layers, r = {R}, kB of accumulated gradients + weights: {shown}. The accumulators are "
-        f"{'exactly' if exact else 'not'} 4 bytes × r(d + k) and dk, {wanted['full'] / wanted['LoRA']:.0f} times less. "
-        f"What backward needs is kept as ever: activations {parts['LoRA']['activations'] / 1e3:.0f} kB with LoRA, "
-        f"{parts['full']['activations'] / 1e3:.0f} kB in full.",
+        f"{'exactly' if exact else 'not'} 4 bytes × r(d + k) and dk, {times} times less. What backward needs is kept "
+        f"as ever: activations {of_lora} kB with LoRA, {of_full} kB in full.",
+        f"四个 {width}² 的层，r = {R}，累积的梯度 + 权重，单位 kB：{shown_zh}。"
+        f"累积的梯度{'恰好' if exact else '并不'}是 4 字节 × r(d + k) 与 dk，后者是前者的 {times} 倍。"
+        f"反向传播所需的照旧要保留：激活值在 LoRA 中为 {of_lora} kB，全量训练为 {of_full} kB。",
         holds=exact and wanted["LoRA"] < wanted["full"] and weights["4-bit LoRA"] < 0.4 * weights["LoRA"],
         figures={"bytes": parts},
     )
@@ -278,12 +294,15 @@ def alignment(r: int = 2) -> Evidence:
         for n in ranks
         for g, c, b in zip(*(cosines[name][n] for name in ("Gaussian", "paper", "bound")), strict=True)
     )
-    mean = {name: np.mean(by_rank[r]) for name, by_rank in cosines.items()}
+    paper, peft, gaussian, most = (f"{np.mean(by_rank[r]):.3f}" for by_rank in cosines.values())
     return Evidence(
-        f"Cosine of the first update with the gradient, mean over {len(real)} layers of the ViT, r = {r}: "
-        f"{mean['paper']:.3f} from the paper's start, {mean['Gaussian']:.3f} from a Gaussian A and B = 0; an update of "
-        f"rank 2r has at most {mean['bound']:.3f}. A real step of gradient descent is within {short:.0e} of that in "
-        f"every layer. PEFT's start keeps the singular values in B: {mean['PEFT']:.3f}.",
+        f"Cosine of the first update with the gradient, mean over {len(real)} layers of the ViT, r = {r}: {paper} from "
+        f"the paper's start, {gaussian} from a Gaussian A and B = 0; an update of rank 2r has at most {most}. A real "
+        f"step of gradient descent is within {short:.0e} of that in every layer. PEFT's start keeps the singular "
+        f"values in B: {peft}.",
+        f"第一步更新与梯度的夹角余弦，ViT 的 {len(real)} 层平均，r = {r}：论文的初始化为 {paper}，高斯 A、"
+        f"B = 0 为 {gaussian}；秩 2r 的更新最多为 {most}。真实的一步梯度下降，"
+        f"在每一层与这个上界相差不超过 {short:.0e}。PEFT 的初始化把奇异值留在 B 中：{peft}。",
         holds=short < 1e-4 and formula < 1e-4 and ordered,
         figures={
             "layers": list(gradients()),
@@ -315,10 +334,12 @@ def start() -> Evidence:
                 changes["not subtracted"][f"{direction}, {scale}"] = _change(model, x, expected)
     largest = {kind: max(by_start.values()) for kind, by_start in changes.items()}
     least = min(changes["not subtracted"].values())
+    double, single, most = (f"{change:.0e}" for change in largest.values())
     return Evidence(
-        f"Over {len(DIRECTIONS)} directions × {len(SCALES)} scales the logits change by at most "
-        f"{largest['float64']:.0e} of the largest in float64, {largest['float32']:.0e} in float32: rounding. Without "
-        f"the subtraction by {least:.0e} to {largest['not subtracted']:.0e}.",
+        f"Over {len(DIRECTIONS)} directions × {len(SCALES)} scales the logits change by at most {double} of the "
+        f"largest in float64, {single} in float32: rounding. Without the subtraction by {least:.0e} to {most}.",
+        f"{len(DIRECTIONS)} 种方向 × {len(SCALES)} 种缩放下，logits 最多改变最大值的 {double}（float64）和 {single}（"
+        f"float32），只是舍入误差。若不减去 s·BA，则改变 {least:.0e} 到 {most}。",
         holds=largest["float64"] < 1e-11 and largest["float32"] < 1e-3 and least > 1e-4,
         figures=changes,
     )
@@ -329,6 +350,7 @@ STARTS: dict[str, LoraConfig] = {
     "LoRA-GA": _config(LoraGAConfig(scale="paper")),
     "LoRA-GA, PEFT's scale": _config(LoraGAConfig()),
 }
+NAMES_ZH = {"Gaussian": "高斯", "LoRA-GA": "LoRA-GA", "LoRA-GA, PEFT's scale": "LoRA-GA 用 PEFT 的缩放"}
 RATES, STEPS, TARGET = (5e-3, 2e-2), 100, 1.0
 
 
@@ -354,15 +376,20 @@ def convergence() -> Evidence:
     runs = {(name, lr): [_training(name, lr, seed) for seed in range(3)] for name in STARTS for lr in RATES}
     steps = {key: [_steps_to_target(losses) for losses, _ in pairs] for key, pairs in runs.items()}
     test = {key: [reached for _, reached in pairs] for key, pairs in runs.items()}
-    shown = "; ".join(
-        f"{name} "
-        + ", ".join(f"{np.mean(steps[name, lr]):.0f} ± {np.std(steps[name, lr]):.0f} (lr {lr:g})" for lr in RATES)
+    taken = {
+        name: ", ".join(f"{np.mean(steps[name, lr]):.0f} ± {np.std(steps[name, lr]):.0f} (lr {lr:g})" for lr in RATES)
         for name in STARTS
-    )
-    last = ", ".join(f"{name} {np.mean(test[name, RATES[-1]]):.1%}" for name in STARTS)
+    }
+    shown = "; ".join(f"{name} {found}" for name, found in taken.items())
+    shown_zh = "；".join(f"{NAMES_ZH[name]} {chinese_marks(found)}" for name, found in taken.items())
+    reached = {name: f"{np.mean(test[name, RATES[-1]]):.1%}" for name in STARTS}
+    last = ", ".join(f"{name} {share}" for name, share in reached.items())
+    last_zh = "，".join(f"{NAMES_ZH[name]} {share}" for name, share in reached.items())
     return Evidence(
         f"MLP on rotated digits, AdamW, 3 seeds, steps to a loss of {TARGET:g} (of {STEPS}; {STEPS + 1} is never): "
         f"{shown}. Test accuracy after {STEPS} at lr {RATES[-1]:g}: {last}.",
+        f"MLP，旋转的手写数字，AdamW，3 个种子，损失降到 {TARGET:g} 所需的步数（共 {STEPS} 步，"
+        f"{STEPS + 1} 表示未达到）：{shown_zh}。训练 {STEPS} 步后的测试准确率（lr {RATES[-1]:g}）：{last_zh}。",
         figures={
             f"{name}, lr {lr:g}": {
                 "steps": steps[name, lr],
