@@ -28,7 +28,7 @@ from ..peft import get_peft_model
 from ..recipes import METHODS
 from ..tensor import Tensor
 from ..train import Progress, fit
-from . import Evidence, claim
+from . import Evidence, chinese_marks, claim
 from .runs import BATCH, adapt, weight_updates
 
 
@@ -104,6 +104,8 @@ def decompose() -> Evidence:
         f"{len(weights)} trained float32 weights come back within {largest:.1e} of their largest number; directions "
         f"have length 1 within {length:.1e}. A model just wrapped gives its base's logits "
         f"{'to the bit' if same else 'changed'}.",
+        f"{len(weights)} 个训练过的 float32 权重分解后可以复原，误差不超过其最大数的 {largest:.1e}；方向的长度为 1，"
+        f"误差不超过 {length:.1e}。刚套上 DoRA 的模型，logits 与原模型{'逐位相同' if same else '有所不同'}。",
         holds=largest < 1e-6 and length < 1e-6 and same,
         figures={"largest": largest, "length": length, "same": same},
     )
@@ -125,11 +127,15 @@ def scalar() -> Evidence:
         for kind, run in runs.items()
     }
     loss = {kind: float(np.mean(run.losses[-10:])) for kind, run in runs.items()}
+    by_scalar, by_column = f"{moved['scalar']:.0%}", f"{moved['column']:.0e}"
     return Evidence(
         f"The paper (eq. 2, 5) has one magnitude for each column: {counts['column']} in the MLP against "
-        f"{counts['scalar']}. With a scalar an update at fixed m changes single outputs' lengths by up to "
-        f"{moved['scalar']:.0%}, with columns by {moved['column']:.0e}. Loss after training {loss['column']:.4f} "
-        f"(columns), {loss['scalar']:.4f} (scalar).",
+        f"{counts['scalar']}. With a scalar an update at fixed m changes single outputs' lengths by up to {by_scalar}, "
+        f"with columns by {by_column}. Loss after training {loss['column']:.4f} (columns), {loss['scalar']:.4f} "
+        "(scalar).",
+        f"论文（式 2、5）中幅度是每列一个：MLP 里有 {counts['column']} 个，而不是 {counts['scalar']} 个。用标量时，"
+        f"即使 m 固定，更新也会使单个输出的权重长度最多改变 {by_scalar}；每列一个时只有 {by_column}。训练后的损失："
+        f"每列一个 {loss['column']:.4f}，标量 {loss['scalar']:.4f}。",
         holds=moved["scalar"] < 1e-9,
         instead=moved["column"] < 1e-9 < moved["scalar"] and loss["column"] != loss["scalar"],
         figures={"moved": moved, "magnitudes": counts, "loss": loss},
@@ -149,6 +155,8 @@ def update() -> Evidence:
     return Evidence(
         f"In {len(run.norm_errors)} looks along {len(run.losses)} float32 steps every row of W' had length |m| within "
         f"{largest:.1e}. The norm without forming V + BA is the direct one within {max(cheap):.1e}.",
+        f"float32 训练 {len(run.losses)} 步，途中检查 {len(run.norm_errors)} 次，W' 每一行的长度都是 |m|，"
+        f"相对误差不超过 {largest:.1e}。不构造 V + BA 也能算出范数，与直接计算相差不超过 {max(cheap):.1e}。",
         holds=largest < 1e-5 and max(cheap) < 1e-5,
         figures={"norm_error": largest, "cheap_norm_error": max(cheap)},
     )
@@ -169,6 +177,9 @@ def trainable() -> Evidence:
     return Evidence(
         f"Trained: {', '.join(kinds)}; {moved} of {len(names)} arrays moved. {same} of {len(run.before)} pre-trained "
         f"arrays are unchanged to the bit, and {run.frozen_gradients} gradients of frozen weights ever existed.",
+        f"参与训练的是 {'、'.join(kinds)}，{len(names)} 个数组中有 {moved} 个改变。"
+        f"预训练的 {len(run.before)} 个数组中有 {same} 个逐位未变，冻结权重上出现过的梯度有 {run.frozen_gradients} "
+        "个。",
         holds=same == len(run.before)
         and moved == len(names)
         and not run.frozen_gradients
@@ -196,11 +207,14 @@ def gradient() -> Evidence:
     backward = max(float(np.abs(t.grad - expected).max()) for t, expected in pairs)
     peaks = {norm: _peak(norm) for norm in ("constant", "graph")}
     finals = {norm: float(np.mean(train(use_dora=True, dora_norm=norm).losses[-10:])) for norm in peaks}
+    small, large = (f"{peak / 1e6:.1f}" for peak in peaks.values())
     return Evidence(
         f"Closed form − backward: at most {backward:.1e}; − central differences: {max(differences):.1e}. Of simple "
-        f"operations a 512² layer peaks at {peaks['constant'] / 1e6:.1f} MB with the norm constant, "
-        f"{peaks['graph'] / 1e6:.1f} MB with it in the graph. Loss after training {finals['constant']:.4f} and "
-        f"{finals['graph']:.4f}.",
+        f"operations a 512² layer peaks at {small} MB with the norm constant, {large} MB with it in the graph. Loss "
+        f"after training {finals['constant']:.4f} and {finals['graph']:.4f}.",
+        f"闭式梯度与反向传播最多相差 {backward:.1e}，与中心差分最多相差 {max(differences):.1e}。"
+        f"用基本运算搭成的 512² 层，范数视为常数时内存峰值为 {small} MB，范数也进入计算图时为 {large} MB。"
+        f"训练后的损失分别为 {finals['constant']:.4f} 和 {finals['graph']:.4f}。",
         holds=backward < 1e-9 and max(differences) < 1e-5 and peaks["constant"] < peaks["graph"],
         figures={"backward": backward, "differences": differences, "peak": peaks, "loss": finals},
     )
@@ -228,10 +242,12 @@ def decoupled() -> Evidence:
         ],
     }
     correlation = {name: float(np.corrcoef(np.array(pairs).T)[0, 1]) for name, pairs in moves.items()}
+    shown = ", ".join(f"{name} {c:+.2f}" for name, c in correlation.items())
     return Evidence(
-        "Correlation of ΔM and ΔD over the ViT's projections: "
-        + ", ".join(f"{name} {c:+.2f}" for name, c in correlation.items())
-        + ". The paper finds it negative for full fine-tuning and DoRA, positive for LoRA (VL-BART's query weights).",
+        f"Correlation of ΔM and ΔD over the ViT's projections: {shown}. The paper finds it negative for full "
+        "fine-tuning and DoRA, positive for LoRA (VL-BART's query weights).",
+        f"ViT 各投影矩阵的 ΔM 与 ΔD 的相关系数：{chinese_marks(shown.replace('full', '全量微调'))}。"
+        "论文在 VL-BART 的 query 权重上得到：全量微调和 DoRA 为负，LoRA 为正。",
         figures={"correlation": correlation, "moves": moves},
     )
 
@@ -262,10 +278,12 @@ def better() -> Evidence:
     shown = ", ".join(
         f"{k} {np.mean(v['accuracy']):.1%} ± {np.std(v['accuracy']):.1%} (lr {v['lr']:g})" for k, v in found.items()
     )
-    rates = " or ".join(f"{lr:g}" for lr in RATES)
+    rates = [f"{lr:g}" for lr in RATES]
     return Evidence(
-        f"MLP on shifted digits, 100 steps, 3 seeds, lr {rates}, chosen for each on validation digits; test accuracy "
-        f"± deviation: {shown}.",
+        f"MLP on shifted digits, 100 steps, 3 seeds, lr {' or '.join(rates)}, chosen for each on validation digits; "
+        f"test accuracy ± deviation: {shown}.",
+        f"MLP，旋转的手写数字，100 步，3 个种子，lr 为 {' 或 '.join(rates)}，各自在验证集上选取；测试准确率 ± 标准差："
+        f"{chinese_marks(shown)}。",
         figures=found,
     )
 
@@ -284,6 +302,8 @@ def merge() -> Evidence:
     return Evidence(
         f"Merged and unmerged float32 logits differ by up to {difference:.1e} of the largest; a merged layer runs its "
         f"base Linear alone. Unmerged again the logits are {'the same bits' if back else 'changed'}: W is kept.",
+        f"合并与不合并的 float32 logits 最多相差最大值的 {difference:.1e}；合并后的层只运行原来的 Linear。取消合并后，"
+        f"logits 与合并前{'逐位相同' if back else '有所不同'}：W 一直留着。",
         holds=difference == 0 and back,
         within=difference < 1e-5 and back,
         figures={"difference": difference, "returned": back},

@@ -68,6 +68,8 @@ def equivalence() -> Evidence:
     return Evidence(
         f"What a step of size η leaves of ΔW + η·g̃ falls as η to the power {min(orders):.4f} … {max(orders):.4f} over "
         f"{len(orders)} random layers.",
+        f"步长为 η 的一步，ΔW + η·g̃ 剩余的部分按 η 的 {min(orders):.4f} … {max(orders):.4f} 次方减小（{len(orders)} "
+        "个随机层）。",
         holds=min(orders) > 1.99,
         figures={"orders": orders},
     )
@@ -88,6 +90,8 @@ def optimal() -> Evidence:
     return Evidence(
         f"‖g̃ − g‖/‖g‖ differs from the least-squares distance by at most {max(excess):.1e} over {len(excess)} random "
         f"layers; it is {np.mean(pro):.3f} on average, {np.mean(lora):.3f} for LoRA's own at their best length.",
+        f"{len(excess)} 个随机层上，‖g̃ − g‖/‖g‖ 与最小二乘距离最多相差 {max(excess):.1e}；平均为 {np.mean(pro):.3f}，"
+        f"LoRA 自己的梯度取最佳步长时为 {np.mean(lora):.3f}。",
         holds=max(excess) < 1e-9,
         figures={"excess": excess, "lora": lora, "lora_pro": pro},
     )
@@ -104,6 +108,7 @@ def x_free() -> Evidence:
             differences.append(float(np.linalg.norm(_equivalent(p, X) - reference) / np.linalg.norm(reference)))
     return Evidence(
         f"Sylvester's X and random ones change the equivalent gradient by at most {max(differences):.1e} of its norm.",
+        f"不论是 Sylvester 方程的 X 还是随机的 X，等效梯度的改变都不超过其范数的 {max(differences):.1e}。",
         holds=max(differences) < 1e-9,
         figures={"differences": differences},
     )
@@ -128,9 +133,12 @@ def sylvester() -> Evidence:
         ratios.append(float(least / _change(p, "zero")))
         steps = [X + 10.0 ** rng.uniform(-3, 1) * rng.standard_normal(X.shape) for _ in range(10)]
         nearer += sum(_change(p, other) < least * (1 - 1e-9) for other in [*steps, "zero"])
+    tried = 11 * len(ratios)
     return Evidence(
-        f"{nearer} of {11 * len(ratios)} other X come nearer. The change is {np.mean(ratios):.3f} of that with X = 0 "
-        f"on average, and differs by at most {max(from_scipy):.1e} of itself from that with scipy's X.",
+        f"{nearer} of {tried} other X come nearer. The change is {np.mean(ratios):.3f} of that with X = 0 on average, "
+        f"and differs by at most {max(from_scipy):.1e} of itself from that with scipy's X.",
+        f"另外尝试的 {tried} 个 X 中，有 {nearer} 个改动更小。改动量平均是 X = 0 时的 {np.mean(ratios):.3f}，"
+        f"与 scipy 求得的 X 相比，相对差不超过 {max(from_scipy):.1e}。",
         holds=nearer == 0 and max(from_scipy) < 1e-9,
         figures={"nearer": nearer, "ratio_to_zero": ratios},
     )
@@ -151,6 +159,8 @@ def descent() -> Evidence:
     return Evidence(
         f"The loss falls in all of {len(ratios[smallest])} random layers at η = {smallest:g}, by η‖g̃‖² up to "
         f"{off[smallest]:.1e}; at η = {max(ratios):g} up to {off[max(ratios)]:.1e}.",
+        f"η = {smallest:g} 时，{len(ratios[smallest])} 个随机层的损失全部下降，"
+        f"降幅与 η‖g̃‖² 相差不超过 {off[smallest]:.1e}；η = {max(ratios):g} 时相差不超过 {off[max(ratios)]:.1e}。",
         holds=min(ratios[smallest]) > 0 and off[smallest] < off[max(ratios)] and off[smallest] < 0.1,
         figures={"fall_over_predicted": {str(lr): found for lr, found in ratios.items()}},
     )
@@ -162,6 +172,9 @@ CONFIGS: dict[str, Any] = {
     "LoRA-Pro plain": LoraProConfig(lora_alpha=16),
     "LoRA-Pro full": LoraProConfig(lora_alpha=16, variant="full"),
 }
+
+
+NAMES_ZH = {"LoRA": "LoRA", "LoRA-Pro plain": "LoRA-Pro 基本形式", "LoRA-Pro full": "LoRA-Pro 完整形式"}
 
 
 @functools.cache
@@ -184,8 +197,10 @@ def gap() -> Evidence:
     full = np.array(losses["full training"])
     gaps = {name: np.array(losses[name]) - full for name in CONFIGS}
     shown = ", ".join(f"{name} {gap.mean():+.3f} (±{gap.std():.3f})" for name, gap in gaps.items())
+    shown_zh = "，".join(f"{NAMES_ZH[name]} {gap.mean():+.3f}（±{gap.std():.3f}）" for name, gap in gaps.items())
     return Evidence(
         f"Loss after 60 steps minus full training's ({full.mean():.3f}), 3 seeds, r = 8: {shown}.",
+        f"60 步后的损失减去全量训练的损失（{full.mean():.3f}），3 个种子，r = 8：{shown_zh}。",
         figures={"losses": losses},
     )
 
@@ -205,9 +220,12 @@ def cost(width: int = 256, rows: int = 256) -> Evidence:
         kept[name] = optimizer.nbytes + getattr(model.method, "nbytes", 0)
         peaks[name] = peak.bytes
     ratios = compare_latency(steps, repeat=7, warmup=1).ratios
-    shown = ", ".join(f"{n} {ratios[n]:.2f} and {kept[n] / kept['LoRA']:.1f}" for n in CONFIGS if n != "LoRA")
+    costs = {n: (f"{ratios[n]:.2f}", f"{kept[n] / kept['LoRA']:.1f}") for n in CONFIGS if n != "LoRA"}
+    shown = ", ".join(f"{name} {time} and {size}" for name, (time, size) in costs.items())
+    shown_zh = "，".join(f"{NAMES_ZH[name]} {time} 与 {size}" for name, (time, size) in costs.items())
     return Evidence(
         f"Time of a step and bytes kept between steps, ÷ LoRA's, four {width}² layers, {rows} rows, r = 8: {shown}.",
+        f"一步的用时与步间保留的字节数，÷ LoRA，四个 {width}² 的层，{rows} 行，r = 8：{shown_zh}。",
         figures={"time": ratios, "kept_bytes": kept, "peak_bytes": peaks},
     )
 
