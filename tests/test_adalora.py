@@ -20,6 +20,7 @@ from minipeft.methods.adalora import (
     adalora_delta,
     importance_magnitude,
     importance_sensitivity,
+    kept_directions,
     orthogonality_penalty,
     orthonormalize,
     rank_budget,
@@ -210,6 +211,24 @@ def test_the_penalty_passes_gradcheck(sizes):
     Ps = [Parameter(triplets(*s)[0]) for s in sizes]
     Qs = [Parameter(triplets(*s)[2]) for s in sizes]
     assert gradcheck(lambda *all_: _penalty(list(all_[: len(sizes)]), list(all_[len(sizes) :]), 0.3), [*Ps, *Qs])
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.data())
+def test_the_highest_scores_of_all_modules_stay_and_equal_ones_at_the_border_go(sizes, data):
+    scores = [np.array(data.draw(st.lists(st.integers(0, 9), min_size=n, max_size=n)), float) for n in sizes]
+    every = np.sort(np.concatenate(scores))[::-1]
+    budget = data.draw(st.integers(0, len(every)))
+    kept = kept_directions(scores, budget)
+    border = every[budget] if budget < len(every) else -1
+    assert [mask.tolist() for mask in kept] == [(border < S).tolist() for S in scores]
+    assert sum(mask.sum() for mask in kept) <= budget
+
+
+def test_what_stays_is_the_given_library_s(xp):
+    scores = [xp.asarray(np.array([3.0, 1.0], "float32")), xp.asarray(np.array([2.0], "float32"))]
+    kept = kept_directions(scores, 2)
+    assert all(get_namespace(mask) is xp for mask in kept)
+    assert [to_numpy(mask).tolist() for mask in kept] == [[True, False], [True]]
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------

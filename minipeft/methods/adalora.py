@@ -3,8 +3,8 @@
     W' = W + s·P Λ Q       W (out, in) frozen; P (out, r), Λ = diag(λ), Q (r, in) trained, PᵀP ≈ I ≈ QQᵀ     (eq. 3)
 
 All modules share one budget of directions. Directions are scored while training; those with the lowest scores get
-λ = 0, and may come back until the ranks are settled. Formulas first, as functions of plain arrays; then the layer, the
-config and the method.
+λ = 0, and may come back until the ranks are settled. The formulas are in adalora_formulas.py, and can be called from
+here as well; here are the layer, the config and the method.
 """
 
 from __future__ import annotations
@@ -13,180 +13,32 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .. import backend, ops
-from ..backend import Array, get_namespace, matmul
-from ..nn import Dropout, Linear, Module, Parameter
-from ..tensor import Tensor, joint_result
+from ..backend import Array, get_namespace
+from ..checks import check_choice, check_count
+from ..nn import Dropout, Linear, Module, Parameter, assign
+from ..tensor import Tensor
+from .adalora_formulas import (  # noqa: F401 - the formulas' names are this module's too
+    Averages,
+    _check_fraction,
+    _check_schedule,
+    _combined,
+    _penalty,
+    _smooth,
+    adalora_delta,
+    importance_magnitude,
+    importance_sensitivity,
+    kept_directions,
+    orthogonality_penalty,
+    orthonormalize,
+    rank_budget,
+)
 from .base import AdapterLayer, Method
 from .lora import LoraConfig, check_r, lora_linear, lora_linears
-
-# --- formulas ---------------------------------------------------------------------------------------------------------
-
-
-def adalora_delta(P: Array, lam: Array, Q: Array) -> Array:
-    """ΔW = P diag(λ) Q for P (out, r), λ (r,), Q (r, in): (out, in). Zhang et al. 2023, eq. 3.
-
-    LoRA's B A with B = P and A = diag(λ) Q. The singular value decomposition of ΔW, up to signs and order, where P's
-    columns and Q's rows are orthonormal.
-    """
-    _check_triplets(P, lam, Q)
-    return matmul(P, lam[:, None] * Q)
-
-
-def importance_magnitude(P: Array, lam: Array, Q: Array) -> Array:
-    """Sᵢ = λᵢ²·‖P_:i‖²·‖Q_i:‖², (r,): the document's score, ‖λᵢ P_:i Q_i:‖_F² (Zhang et al. 2023 compare with λᵢ²)."""
-    _check_triplets(P, lam, Q)
-    einsum = get_namespace(P).einsum
-    return lam * lam * einsum("ij,ij->j", P, P) * einsum("ij,ij->i", Q, Q)
-
-
-class Averages(NamedTuple):
-    """What `importance_sensitivity` carries from step to step, for one array w: Ī and Ū, of w's shape."""
-
-    importance: Array
-    uncertainty: Array
-
-
-def importance_sensitivity(
-    P: Array,
-    lam: Array,
-    Q: Array,
-    gP: Array,
-    glam: Array,
-    gQ: Array,
-    state: tuple[Averages, Averages, Averages] | None = None,
-    *,
-    beta1: float = 0.85,
-    beta2: float = 0.85,
-) -> tuple[Array, tuple[Averages, Averages, Averages]]:
-    """(S, state): the score of every direction, (r,), and the averages for the next step. Zhang et al. 2023, sec. 3.2:
-
-        I(w) = |w·g|                                              what setting w to 0 changes the loss by    (eq. 8)
-        Ī ← β₁Ī + (1−β₁)I,   Ū ← β₂Ū + (1−β₂)|I − Ī|              smoothed, and how uncertain          (eqs. 9, 10)
-        s(w) = Ī·Ū                                                                                         (eq. 11)
-        Sᵢ = s(λᵢ) + mean_j s(P_ji) + mean_j s(Q_ij)                                                        (eq. 7)
-
-    Args:
-        P, lam, Q: (out, r), (r,), (r, in).
-        gP, glam, gQ: the loss's gradients of them.
-        state: what the step before gave, for P, λ, Q; None at the first, where Ī = Ū = 0. It is not changed.
-
-    Raises:
-        ValueError: shapes that do not fit, or a β outside (0, 1).
-    """
-    _check_triplets(P, lam, Q)
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        _check_fraction(name, beta)
-    pairs = (("P", P, gP), ("lam", lam, glam), ("Q", Q, gQ))
-    for name, w, g in pairs:
-        if g.shape != w.shape:
-            raise ValueError(f"g{name}: got shape {g.shape}; that of {name}, {w.shape}, is accepted")
-    zeros = get_namespace(P).zeros_like
-    if state is None:
-        state = tuple(Averages(zeros(w), zeros(w)) for _, w, _ in pairs)
-    state = tuple(Averages(old.importance.copy(), old.uncertainty.copy()) for old in state)
-    for (_, w, g), averages in zip(pairs, state, strict=True):
-        _smooth(averages, w, g, beta1, beta2)
-    return _combined(*state), state
-
-
-def _smooth(averages: Averages, w: Array, g: Array, beta1: float, beta2: float) -> None:
-    """Ī and Ū of one more step, in place."""
-    mean, uncertainty = averages
-    xp = get_namespace(w)
-    now = xp.abs(w * g)
-    mean *= beta1
-    mean += (1 - beta1) * now
-    now -= mean
-    uncertainty *= beta2
-    uncertainty += (1 - beta2) * xp.abs(now)
-
-
-def _combined(P: Averages, lam: Averages, Q: Averages) -> Array:
-    """S (r,) from the averages of P (out, r), λ (r,) and Q (r, in)."""
-    einsum = get_namespace(lam.importance).einsum  # no array of P's size for Ī·Ū
-    of_P = einsum("ji,ji->i", *P) / P.importance.shape[0]
-    of_Q = einsum("ij,ij->i", *Q) / Q.importance.shape[1]
-    return lam.importance * lam.uncertainty + (of_P + of_Q)
-
-
-def rank_budget(step: int, *, total_step: int, tinit: int, tfinal: int, init_budget: int, target_budget: int) -> int:
-    """How many directions all modules together may have after `step` = 1 … total_step steps. Zhang et al. 2023, eq. 12:
-
-        b(t) = b₀                                                     t ≤ tᵢ           warm-up
-             = b_T + (b₀ − b_T)·(1 − (t − tᵢ)/(T − t_f − tᵢ))³        tᵢ < t ≤ T − t_f   a cubic down to the target
-             = b_T                                                    t > T − t_f      ranks are settled
-
-    rounded down (as PEFT does).
-
-    Raises:
-        ValueError: tinit + tfinal leaves no step to prune in, or the target is above the start.
-    """
-    _check_schedule(total_step, tinit, tfinal)
-    if not 0 <= target_budget <= init_budget:
-        raise ValueError(f"target_budget: got {target_budget}; 0 to init_budget, {init_budget}, is accepted")
-    if step <= tinit:
-        return int(init_budget)
-    if step > total_step - tfinal:
-        return int(target_budget)
-    left = 1 - (step - tinit) / (total_step - tfinal - tinit)
-    return int((init_budget - target_budget) * left**3 + target_budget)
-
-
-def orthogonality_penalty(P: Array, Q: Array) -> Array:
-    """R = ‖PᵀP − I‖_F² + ‖QQᵀ − I‖_F² for P (out, r), Q (r, in): one number. Zhang et al. 2023, eq. 4."""
-    _check_triplets(P, P[0], Q)
-    return sum((M * M).sum() for M in (_gram_minus_one(P.T), _gram_minus_one(Q)))
-
-
-def orthonormalize(P: Array) -> Array:
-    """P (out, r) with orthonormal columns: Gram–Schmidt, so that the first i columns span what P's first i spanned.
-
-    It is the Q of P = QR with a positive diagonal of R, which Householder reflections give without Gram–Schmidt's loss
-    of orthogonality. The document projects P and Q so after each step; the paper has the penalty instead.
-
-    Raises:
-        ValueError: more columns than rows cannot be orthonormal.
-    """
-    if P.ndim != 2 or P.shape[0] < P.shape[1]:
-        raise ValueError(f"P: got shape {P.shape}; a matrix (out, r) with r ≤ out is accepted")
-    xp = get_namespace(P)
-    basis, R = xp.linalg.qr(P)
-    return basis * xp.where(xp.diagonal(R) < 0, -1, 1).astype(P.dtype)
-
-
-def _gram_minus_one(M: Array) -> Array:
-    """M Mᵀ − I, (r, r), for M (r, n)."""
-    gram = matmul(M, M.T)
-    gram -= get_namespace(M).eye(M.shape[0], dtype=M.dtype)
-    return gram
-
-
-def _check_triplets(P: Array, lam: Array, Q: Array) -> None:
-    if P.ndim != 2 or Q.ndim != 2 or lam.shape != (P.shape[1],) or Q.shape[0] != P.shape[1]:
-        raise ValueError(f"P (out, r), λ (r,) and Q (r, in): got {P.shape}, {lam.shape} and {Q.shape}")
-
-
-def _check_fraction(name: str, value: Any) -> None:
-    if not isinstance(value, int | float | np.number) or not 0 < value < 1:
-        raise ValueError(f"{name}: got {value!r}; a number in (0, 1) is accepted")
-
-
-def _check_schedule(total_step: Any, tinit: Any, tfinal: Any) -> None:
-    for name, value, least in (("total_step", total_step, 1), ("tinit", tinit, 0), ("tfinal", tfinal, 0)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-            more = ": how many steps the training will have" if name == "total_step" else ""
-            raise ValueError(f"{name}: got {value!r}; an int of at least {least} is accepted{more}")
-    if tinit + tfinal >= total_step:
-        raise ValueError(
-            f"tinit + tfinal: got {tinit} + {tfinal}, and total_step is {total_step}: no step is left to prune in; "
-            f"a sum of at most {total_step - 1} is accepted"
-        )
-
 
 # --- the layer --------------------------------------------------------------------------------------------------------
 
@@ -341,10 +193,8 @@ class AdaLoraConfig(LoraConfig):
         pattern, self.rank_pattern = self.rank_pattern or {}, {}
         super().__post_init__()
         _check_schedule(self.total_step, self.tinit, self.tfinal)
-        for name, least in (("init_r", 1), ("target_r", 1), ("deltaT", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}: got {value!r}; an int of at least {least} is accepted")
+        for name in ("init_r", "target_r", "deltaT"):
+            check_count(name, getattr(self, name))
         if self.target_r > self.init_r:
             raise ValueError(
                 f"target_r: got {self.target_r}, above init_r, {self.init_r}: ranks are pruned and never grow; "
@@ -356,8 +206,7 @@ class AdaLoraConfig(LoraConfig):
         if not isinstance(weight, int | float | np.number) or not 0 <= weight < float("inf"):
             raise ValueError(f"orth_reg_weight: got {weight!r}; a number of at least 0 is accepted")
         for name, accepted in _OWN.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; accepted are {', '.join(map(repr, accepted))}")
+            check_choice(name, getattr(self, name), accepted)
         self.rank_pattern = _checked_masks(pattern, self.init_r)
 
     def _refuse_lora_options(self) -> None:
@@ -523,7 +372,8 @@ class AdaLora(Method):
             for layer in layers.values():
                 P, _, Q = layer.parameters_of(self.adapter)
                 if P.size:
-                    P.data, Q.data = orthonormalize(P.data), _contiguous(orthonormalize(Q.data.T).T)
+                    P.data = orthonormalize(P.data)
+                    assign(Q, orthonormalize(Q.data.T).T)
         if self.settled:
             return self._mask(layers)
         last = config.total_step - config.tfinal
@@ -537,14 +387,12 @@ class AdaLora(Method):
             self._prune(done, layers)
 
     def _observe(self, name: str, layer: AdaLoraLinear) -> None:
-        """One more step in this layer's averages."""
+        """One more step in this layer's averages. A checkpoint's are moved from the host."""
         parameters = layer.parameters_of(self.adapter)
         xp = get_namespace(parameters[0].data)
-        if name not in self.averages:
-            self.averages[name] = tuple(Averages(xp.zeros_like(p.data), xp.zeros_like(p.data)) for p in parameters)
-        held = tuple(Averages(*(backend.move(a, xp) for a in pair)) for pair in self.averages[name])
-        self.averages[name] = held  # a checkpoint's come from the host
-        for p, averages in zip(parameters, held, strict=True):
+        held = self.averages.get(name) or [Averages.before(p.data) for p in parameters]
+        self.averages[name] = tuple(Averages(*(backend.move(a, xp) for a in pair)) for pair in held)
+        for p, averages in zip(parameters, self.averages[name], strict=True):
             if p.grad is not None:
                 _smooth(averages, p.data, p.grad, self.config.beta1, self.config.beta2)
 
@@ -556,27 +404,16 @@ class AdaLora(Method):
         return _combined(P, Averages(*(a[:, 0] for a in lam)), Q)
 
     def _prune(self, done: int, layers: dict[str, AdaLoraLinear]) -> None:
-        """λ = 0 for the directions with the lowest scores, as many as the budget asks; all scores at the threshold go.
-
-        Those pruned before are scored like the rest, so that they may come back.
-        """
+        """λ = 0 but for `kept_directions`. Those pruned before are scored like the rest, so that they may come back."""
         scores = [self._scores(name, layer) for name, layer in layers.items()]
-        xp, config = get_namespace(scores[0]), self.config
-        every = xp.concatenate(scores)
+        config, count = self.config, sum(len(S) for S in scores)
         budget = rank_budget(
             done, total_step=config.total_step, tinit=config.tinit, tfinal=config.tfinal,
-            init_budget=every.size, target_budget=min(config.target_r * len(layers), every.size),
+            init_budget=count, target_budget=min(config.target_r * len(layers), count),
         )  # fmt: skip
-        if budget == every.size:
-            keep = xp.ones(every.shape, dtype=bool)
-        else:
-            keep = every > xp.sort(every)[every.size - budget - 1]
-        ends = np.cumsum([len(s) for s in scores]).tolist()
-        self.masks = {name: keep[end - len(s) : end] for name, s, end in zip(layers, scores, ends, strict=True)}
+        self.masks = dict(zip(layers, kept_directions(scores, budget), strict=True))
         self._mask(layers)
-        kept = backend.to_numpy(keep)
-        ranks = {name: int(kept[end - len(s) : end].sum()) for name, s, end in zip(layers, scores, ends, strict=True)}
-        self.rank_history.append((done, ranks))
+        self.rank_history.append((done, {name: int(mask.sum()) for name, mask in self.masks.items()}))
 
     def _mask(self, layers: dict[str, AdaLoraLinear]) -> None:
         """λ ← 0 where a mask says so."""
@@ -618,11 +455,8 @@ class AdaLora(Method):
         values, pattern = dict(values), {}
         for name, layer in self.layers(model):
             lam = layer.factors(self.adapter)[1]
-            keep = lam != 0
-            if name in self.masks:
-                keep |= backend.move(self.masks[name], get_namespace(lam))
-            else:
-                keep |= True
+            xp, mask = get_namespace(lam), self.masks.get(name)
+            keep = xp.ones(lam.shape, dtype=bool) if mask is None else (lam != 0) | backend.move(mask, xp)
             key = f"base_model.model.{name}.lora_"
             pattern[f"{name}.lora_E"] = self._pattern_of(name, keep)
             values[key + "E"], values[key + "A"] = values[key + "E"][keep], values[key + "A"][keep]
@@ -666,24 +500,3 @@ class AdaLora(Method):
             for n in names
             if n in averaged
         }
-
-
-def _contiguous(x: Array) -> Array:
-    return get_namespace(x).ascontiguousarray(x)
-
-
-def _penalty(Ps: list[Parameter], Qs: list[Parameter], weight: float) -> Tensor:
-    """γ·Σ (‖PᵀP − I‖² + ‖QQᵀ − I‖²) as one node, for all layers. dP = 4γ·P (PᵀP − I), dQ = 4γ·(QQᵀ − I) Q."""
-    rows = [P.data.T for P in Ps] + [Q.data for Q in Qs]  # (r, n) each
-    count = len(Ps)
-    left = [_gram_minus_one(M) for M in rows]  # (r, r) each
-    value = weight * sum((M * M).sum() for M in left)
-
-    def backward(g: Array) -> list[Array]:
-        scale = 4 * weight * g
-        return [
-            matmul(M.T, scale * R) if i < count else matmul(scale * R, M)
-            for i, (M, R) in enumerate(zip(rows, left, strict=True))
-        ]
-
-    return joint_result("orthogonality_penalty", value, (*Ps, *Qs), backward)
