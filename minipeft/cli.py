@@ -17,7 +17,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from . import __version__, adapt, adapt_language, files
@@ -198,15 +197,6 @@ def _may_be_language_model(model: str) -> bool:
 
 # --- verify -----------------------------------------------------------------------------------------------------------
 
-COLOURS = {
-    "confirmed": "green",
-    "confirmed within limits": "yellow",
-    "corrected": "magenta",
-    "measured": "cyan",
-    "failed": "bold red",
-}
-WIDE = 120  # columns from which the claim and its statement stand side by side
-
 
 @app.command(
     epilog="[bold]minipeft verify LoRA --json ledger.json[/]   or   [bold]minipeft verify --html companion.html[/]"
@@ -223,14 +213,16 @@ def verify(
         Path | None, typer.Option("--html", metavar="FILE", help="Also write a page to read, with figures and code.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Add what needs the real language model (minutes).")] = False,
+    lang: Annotated[str, typer.Option(help="The table's language: en or zh.")] = "en",
 ) -> None:
     """Check what the document claims, by numbers computed now; exit status 1 if a claim's check fails."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from . import ledger
+    from . import ledger, ledger_table
     from .models.download import smollm2_file
 
     with user_errors():
+        ledger_table.check_language(lang)
         claims = ledger.claims(sections or (), full)
         if full:
             smollm2_file()  # says what to run where it is not there
@@ -242,43 +234,23 @@ def verify(
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         bar = progress.add_task("", total=len(claims))
         for claim in claims:
-            progress.update(bar, description=f"checking {claim.id}")
+            progress.update(bar, description=f"{'检验' if lang == 'zh' else 'checking'} {claim.id}")
             verdicts.append(claim.judge())
             progress.advance(bar)
     seconds = time.perf_counter() - start
-    out.print(_table(verdicts, out.width))
+    out.print(ledger_table.table(verdicts, out.width, lang))
+    out.print(ledger_table.summary(verdicts, seconds, lang))
     counts = Counter(verdict.verdict for verdict in verdicts)
-    summary = [Text(f"{counts[name]} {name}", style=COLOURS[name]) for name in COLOURS if counts[name]]
-    claimed = Text(f"{len(verdicts)} claim{'s' * (len(verdicts) != 1)}")
-    out.print(Text(", ").join([claimed, *summary, Text(f"{seconds:.1f} s")]))
+    drawing, written = ("绘图 …", "已写入") if lang == "zh" else ("drawing …", "written to")
     if json_file:
         with user_errors():
             _write_ledger(json_file, verdicts, dict(counts), seconds, full)
-        out.print(f"written to {json_file}", soft_wrap=True)
+        out.print(f"{written} {json_file}", soft_wrap=True)
     if html_file:
-        with user_errors(), err.status("drawing …") if err.is_terminal else nullcontext():
+        with user_errors(), err.status(drawing) if err.is_terminal else nullcontext():
             _write_companion(html_file, verdicts, seconds)
-        out.print(f"written to {html_file}", soft_wrap=True)
+        out.print(f"{written} {html_file}", soft_wrap=True)
     raise typer.Exit(1 if counts["failed"] else 0)
-
-
-def _table(verdicts: list[Any], width: int) -> Table:
-    """The ledger: section, claim, the document's statement, what was found, verdict; narrow terminals stack three."""
-    wide = width >= WIDE
-    table = Table(expand=True, show_lines=True)
-    for name, ratio in (("section", None), ("claim", None), ("the document says", 4)) if wide else (("claim", 4),):
-        table.add_column(name, ratio=ratio, no_wrap=wide and ratio is None)
-    table.add_column("found", ratio=5)
-    table.add_column("verdict", min_width=9, max_width=13)  # "within limits"
-    previous = None
-    for v in verdicts:
-        claim = Text(v.id, style="bold")
-        first = [Text(v.section if v.section != previous else ""), claim, Text(v.statement)]
-        if not wide:
-            first = [Text("\n").join([claim, Text(f"{v.section}: {v.statement}")])]
-        table.add_row(*first, Text(v.found), Text(v.verdict, style=COLOURS.get(v.verdict, "")))
-        previous = v.section
-    return table
 
 
 def _write_ledger(path: Path, verdicts: list[Any], counts: dict[str, int], seconds: float, full: bool) -> None:
@@ -295,7 +267,7 @@ def _write_companion(path: Path, verdicts: list[Any], seconds: float) -> None:
     from .doctor import machine_summary
 
     machine = machine_summary()
-    described = f"{machine['cpu']}, {machine['cpus']} CPUs, NumPy {machine['numpy']}, Python {machine['python']}"
+    described = f"{machine['cpu']} × {machine['cpus']}, NumPy {machine['numpy']}, Python {machine['python']}"
     write_page(path, verdicts, described, seconds)
 
 

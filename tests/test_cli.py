@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
 import minipeft
-from minipeft import PeftModel, adapt, cli, ledger, models, no_grad
+from minipeft import PeftModel, adapt, cli, ledger, ledger_table, models, no_grad
 from minipeft.data import digits
 
 QUICK = ("train", "--model", "mlp", "--steps", "20")
@@ -235,17 +235,18 @@ def test_a_new_run_does_not_go_on_from_an_old_checkpoint():
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 FOUND = "rank(BA) ≤ r in 60 of 60 shapes [0, 1)"
+FOUND_ZH = "60 种形状中有 60 种满足 rank(BA) ≤ r（区间 [0, 1)）。"
 
 
 @pytest.fixture
 def claims(monkeypatch: pytest.MonkeyPatch) -> list[ledger.Claim]:
     """A ledger of five claims, one of each verdict."""
     outcomes = [
-        ledger.Evidence(FOUND, holds=True, figures={"shapes": np.int64(60), "rank": np.arange(2), "worst": np.nan}),
-        ledger.Evidence("it holds up to rounding", holds=False, within=True),
-        ledger.Evidence("it is the other way round", holds=False, instead=True),
-        ledger.Evidence("3.1 ms"),
-        ledger.Evidence("it does not hold", holds=False),
+        ledger.Evidence(FOUND, FOUND_ZH, True, figures={"shapes": np.int64(60), "rank": np.arange(2), "worst": np.nan}),
+        ledger.Evidence("it holds up to rounding", "只差舍入误差。", holds=False, within=True),
+        ledger.Evidence("it is the other way round", "正好相反。", holds=False, instead=True),
+        ledger.Evidence("3.1 ms", "3.1 毫秒。"),
+        ledger.Evidence("it does not hold", "不成立。", holds=False),
     ]
     made = [
         ledger.Claim(
@@ -287,7 +288,7 @@ def test_a_check_that_raises_has_failed_and_the_others_still_run(claims: list[le
 def test_the_table_fits_the_terminal_and_loses_no_word(claims: list[ledger.Claim], width: int):
     verdicts = [claim.judge() for claim in claims]
     console = cli.Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - the console keeps it
-    console.print(cli._table(verdicts, width))
+    console.print(ledger_table.table(verdicts, width))
     text = console.export_text()
     console.file.close()
     assert max(map(len, text.splitlines())) <= width
@@ -302,7 +303,7 @@ def test_json_holds_the_claims_the_figures_and_the_machine(claims: list[ledger.C
     content = json.loads(
         Path("new/ledger.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
     )
-    assert content["claims"][0]["found"] == FOUND
+    assert (content["claims"][0]["found"], content["claims"][0]["found_zh"]) == (FOUND, FOUND_ZH)
     assert content["claims"][0]["figures"] == {"shapes": 60, "rank": [0, 1], "worst": None}
     assert content["counts"]["measured"] == 1
     assert content["machine"]["numpy"] == np.__version__

@@ -6,9 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from findings import figures, says_the_same_in_chinese
 
 from minipeft import ledger
-from minipeft.ledger import Evidence, lora, runs
+from minipeft.ledger import Evidence, language, lora, runs
 from minipeft.methods import lora as formulas
 
 LORA = [
@@ -56,14 +57,25 @@ def test_every_verdict_shows_figures_that_json_can_hold(verdicts, id):
     json.dumps(verdicts[id].figures, default=float, allow_nan=False)
 
 
+@pytest.mark.parametrize("id", LORA)
+def test_the_chinese_finding_has_the_english_one_s_figures(verdicts, id):
+    assert says_the_same_in_chinese(verdicts[id])
+
+
+def test_figures_are_told_apart_by_sign_unit_and_count():
+    assert figures("r=8, 8 layers: -0.10 (12.5%), 1,024 in float32") == figures("1,024：8 -0.10，r = 8；12.5%；float32")
+    for other in ("r=8: -0.10 (12.5%)", "r=8, 8: 0.10 (12.5%)", "r=8, 8: -0.10 (12.5)", "r=8, 8: -0.1 (12.5%)"):
+        assert figures(other) != figures("r=8, 8: -0.10 (12.5%)")
+
+
 @pytest.mark.parametrize(
     ("evidence", "verdict"),
     [
-        (Evidence("", holds=None), "measured"),
-        (Evidence("", holds=True), "confirmed"),
-        (Evidence("", holds=False, within=True), "confirmed within limits"),
-        (Evidence("", holds=False, instead=True), "corrected"),
-        (Evidence("", holds=False), "failed"),
+        (Evidence("", "", holds=None), "measured"),
+        (Evidence("", "", holds=True), "confirmed"),
+        (Evidence("", "", holds=False, within=True), "confirmed within limits"),
+        (Evidence("", "", holds=False, instead=True), "corrected"),
+        (Evidence("", "", holds=False), "failed"),
     ],
 )
 def test_a_verdict_follows_from_what_held(evidence, verdict):
@@ -77,6 +89,24 @@ def test_a_check_that_raises_has_failed_and_says_why():
     verdict = ledger.Claim("x.y", "X", "", check, full=False).judge()
     assert verdict.verdict == "failed"
     assert "ZeroDivisionError: nothing to divide by" in verdict.found
+    assert verdict.found_zh == "检验中断：ZeroDivisionError: nothing to divide by"
+
+
+def test_a_claim_of_two_checks_says_what_both_found_in_both_languages(monkeypatch):
+    monkeypatch.setattr(ledger, "_claims", dict(ledger._claims))
+    monkeypatch.setattr(ledger, "_on_the_model", dict(ledger._on_the_model))
+    check = lambda n: lambda: Evidence(f"Small: {n}.", f"小：{n}。", holds=True)  # noqa: E731
+    ledger._claims["lora.merge"] = ledger.Claim("lora.merge", "LoRA", "same", check(1), full=False)
+    ledger._on_the_model["lora.merge"] = ledger.Claim("lora.merge", "LoRA", "same", check(2), full=True)
+    [claim] = ledger.claims(["lora.merge"], full=True)
+    verdict = claim.judge()
+    assert (verdict.found, verdict.found_zh) == ("Small: 1. Small: 2.", "小：1。小：2。")
+
+
+def test_what_the_language_model_learned_of_itself_is_said_in_both_languages(monkeypatch):
+    run = {"answered": 0.65, "loss": 0.42, "parameters": 2_419_200, "losses": [0.42]}
+    monkeypatch.setattr(language, "_identities", lambda: {kind: [run, run | {"loss": 0.4}] for kind in language.RANKS})
+    assert says_the_same_in_chinese(language.all_linear())
 
 
 def test_an_unknown_section_is_refused_with_the_known_ones():

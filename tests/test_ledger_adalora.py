@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from findings import says_the_same_in_chinese
 
 from minipeft import ledger
 from minipeft.ledger import adalora as section
@@ -39,6 +40,10 @@ def test_every_claim_is_judged_in_the_document_s_order(verdicts):
 def test_the_figures_can_be_written_as_json(verdicts):
     for verdict in verdicts:
         assert json.loads(json.dumps(verdict.figures))
+
+
+def test_the_chinese_findings_have_the_english_ones_figures(verdicts):
+    assert all(says_the_same_in_chinese(verdict) for verdict in verdicts)
 
 
 def test_the_record_of_ranks_is_there_to_be_drawn(verdicts):

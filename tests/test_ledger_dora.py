@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from findings import says_the_same_in_chinese
+
 from minipeft import ledger
 from minipeft.ledger import dora as section
 from minipeft.methods import dora as formulas
@@ -26,6 +28,7 @@ def test_every_claim_is_judged_in_the_documents_order():
     assert list(verdicts) == list(EXPECTED)
     for verdict in verdicts.values():
         json.dumps(verdict.figures, default=float, allow_nan=False)
+        assert says_the_same_in_chinese(verdict)
 
 
 def test_a_weight_that_is_not_normalized_fails_the_update_claim(monkeypatch):

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from findings import says_the_same_in_chinese
 
 from minipeft import ledger, train
 from minipeft.ledger import lora_ga as section
@@ -37,6 +38,11 @@ def test_every_claim_is_judged_in_the_documents_order(verdicts):
 def test_figures_are_shown_and_json_can_hold_them(verdicts, id):
     assert any(character.isdigit() for character in verdicts[id].found)
     json.dumps(verdicts[id].figures, allow_nan=False)
+
+
+@pytest.mark.parametrize("id", EXPECTED)
+def test_the_chinese_finding_has_the_english_one_s_figures(verdicts, id):
+    assert says_the_same_in_chinese(verdicts[id])
 
 
 def test_convergence_compares_what_was_trained(verdicts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from findings import says_the_same_in_chinese
 
 from minipeft import ledger
 from minipeft.ledger import lora_pro as section
@@ -19,7 +20,9 @@ MEASURED = ["lorapro.gap", "lorapro.cost"]
 
 
 def test_every_claim_is_judged_in_the_document_s_order():
-    verdicts = {verdict.id: verdict.verdict for verdict in ledger.run(["LoRA-Pro"])}
+    found = list(ledger.run(["LoRA-Pro"]))
+    verdicts = {verdict.id: verdict.verdict for verdict in found}
+    assert all(says_the_same_in_chinese(verdict) for verdict in found)
     assert list(verdicts) == PROVEN + MEASURED
     assert {verdicts[id] for id in PROVEN} == {"confirmed"}
     assert {verdicts[id] for id in MEASURED} == {"measured"}

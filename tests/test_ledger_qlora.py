@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from findings import says_the_same_in_chinese
 from scipy.special import ndtri
 
 from minipeft import ledger, optim, quant
@@ -57,6 +58,11 @@ def test_no_claim_fails_and_each_has_figures_that_json_can_hold(verdicts, id):
     assert any(character.isdigit() for character in verdict.found)
     assert verdict.figures
     json.dumps(verdict.figures, default=float, allow_nan=False)
+
+
+@pytest.mark.parametrize("id", EXPECTED)
+def test_the_chinese_finding_has_the_english_one_s_figures(verdicts, id):
+    assert says_the_same_in_chinese(verdicts[id])
 
 
 def test_full_weights_are_alive_at_every_moment_that_the_timeline_shows(verdicts):

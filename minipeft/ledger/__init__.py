@@ -64,7 +64,7 @@ class Evidence:
     """
 
     found: str
-    found_zh: str = ""
+    found_zh: str
     holds: bool | None = None
     within: bool = False
     instead: bool = False
