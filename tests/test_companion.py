@@ -28,7 +28,9 @@ def verdicts() -> list[ledger.Verdict]:
     """One of each claim, without their checks being run: what the page does with them is what is tested here."""
     kinds = list(companion.VERDICTS)
     return [
-        ledger.Verdict(c.id, c.section, c.statement, f"found <{i}> & 1.5", kinds[i % len(kinds)], 0.1, {})
+        ledger.Verdict(
+            c.id, c.section, c.statement, f"found <{i}> & 1.5", f"得到 <{i}> 与 1.5。", kinds[i % len(kinds)], 0.1, {}
+        )
         for i, c in enumerate(ledger.claims(full=True))
     ]
 
@@ -64,6 +66,8 @@ def test_every_figure_that_is_named_can_be_drawn():
     named = [text["figure"] for text in texts["claims"].values() if "figure" in text]
     named += [name for section in texts["sections"].values() for name in section["figures"]]
     assert set(named) <= set(companion.FIGURES)
+    assert set(texts["figures"]) == set(named)
+    assert all(re.search("[\u4e00-\u9fff]", text) for text in texts["figures"].values())
 
 
 # --- equations --------------------------------------------------------------------------------------------------------
@@ -136,7 +140,7 @@ def test_claims_stand_in_the_document_s_order_with_statement_verdict_and_what_wa
     assert re.findall(r'<article class="claim" id="([^"]+)"', page) == [c.id for c in ledger.claims(full=True)]
     assert "A 或 B 至少有一个是 0" in page
     assert all(zh in page for zh, _ in companion.VERDICTS.values())
-    assert "found &lt;0&gt; &amp; 1.5" in page
+    assert '<span lang="en">found &lt;0&gt; &amp; 1.5</span><span lang="zh">得到 &lt;0&gt; 与 1.5。</span>' in page
 
 
 def test_the_check_of_each_claim_is_shown_as_it_is(page):
@@ -146,7 +150,7 @@ def test_the_check_of_each_claim_is_shown_as_it_is(page):
 
 def test_a_failed_claim_has_no_picture():
     texts = {"zh": "错", "tex": "", "figure": "flops", "code": []}
-    failed = ledger.Verdict("lora.forward-flops", "LoRA", "x", "stopped", "failed", 0.0, {})
+    failed = ledger.Verdict("lora.forward-flops", "LoRA", "x", "stopped", "中断", "failed", 0.0, {})
     assert "<figure" not in companion._claim(failed, texts, set())
 
 
@@ -213,6 +217,7 @@ def test_the_switch_turns_the_page_to_chinese_and_back(tab):
     assert tab.evaluate("document.documentElement.lang") == "zh-CN"
     assert tab.locator('[id="lora.low-rank"] h3').inner_text() == "权重的更新由两个较小的矩阵相乘得到：ΔW = BA。"
     assert tab.locator("[data-widget=rank] .result").inner_text().startswith("秩 2 保留")
+    assert tab.locator('[id="lora.low-rank"] .found').inner_text() == "检验结果得到 <0> 与 1.5。"
     tab.click("#language")
     assert tab.locator("h1").inner_text() == "The document, checked"
 
@@ -400,8 +405,10 @@ def test_the_command_writes_page_and_json_together(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert sorted(os.listdir()) == ["companion.html", "ledger.json"]
-    found = json.loads(Path("ledger.json").read_text())["claims"][0]["found"]
-    assert found in Path("companion.html").read_text(encoding="utf-8")
+    row = json.loads(Path("ledger.json").read_text(encoding="utf-8"))["claims"][0]
+    page = Path("companion.html").read_text(encoding="utf-8")
+    assert row["found"] in page
+    assert row["found_zh"] in page
     assert "written to companion.html" in result.output
 
 

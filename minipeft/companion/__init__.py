@@ -52,7 +52,8 @@ def write_page(
 
 
 def contents() -> dict[str, Any]:
-    """The texts: of sections an introduction, of claims the Chinese statement, equation, figure and functions."""
+    """The texts: of sections an introduction, of claims the Chinese statement, equation, figure and functions, of
+    figures what they show, in Chinese."""
     return json.loads(_part("contents.json"))
 
 
@@ -134,7 +135,7 @@ def _claim(v: ledger.Verdict, text: dict[str, Any], drawn: set[str]) -> str:
         f'<a class="id" href="#{v.id}">{v.id}</a></div>'
         f'<div><h3 id="s-{v.id}">{_both(v.statement, text.get("zh", v.statement))}</h3>{mathml(text.get("tex", ""))}'
         f'<p class="found"><span class="label">{_both("Found", "检验结果")}</span>'
-        f'<span class="keep" lang="en">{html.escape(v.found)}</span></p>'
+        f"{_both(v.found, v.found_zh)}</p>"
         f"{picture}{_code(v.id, text.get('code', ()))}</div></article>"
     )
 
@@ -148,14 +149,14 @@ def _code(id: str, references: Iterable[str]) -> str:
         except (ImportError, AttributeError):  # a method that this version lacks
             continue
     [claim] = ledger.claims([id]) or ledger.claims([id], full=True)
-    blocks = [("The formula in code", "公式对应的代码", found)] if found else []
-    blocks.append(("How it is checked", "如何检验", [sources.source_of(claim.check, claim.check.__name__)]))
+    blocks = [("The formula in code:", "公式对应的代码：", found)] if found else []
+    blocks.append(("How it is checked:", "如何检验：", [sources.source_of(claim.check, claim.check.__name__)]))
     return "".join(_folded(_both(en, zh), group) for en, zh, group in blocks)
 
 
 def _folded(title: str, group: list[sources.Source]) -> str:
     names = ", ".join(f"<code>{html.escape(s.name)}</code>" for s in group)
-    return f"<details><summary>{title}: {names}</summary>{''.join(map(_source, group))}</details>"
+    return f"<details><summary>{title} {names}</summary>{''.join(map(_source, group))}</details>"
 
 
 def _source(s: sources.Source) -> str:
@@ -188,9 +189,9 @@ COLOURS = {  # what figures are drawn in, as the page's own colours, which follo
 def _figure(name: str, drawn: set[str]) -> str:
     """A figure in both languages, for wide and for narrow screens, with its source as the caption."""
     drawn.add(name)
-    title = (FIGURES[name].__doc__ or name).strip().partition("\n")[0]
+    titles = {"en": (FIGURES[name].__doc__ or name).strip().partition("\n")[0], "zh": contents()["figures"][name]}
     pictures, captions = [], {}
-    for lang in ("en", "zh"):
+    for lang, title in titles.items():
         for layout in ("page", "phone"):
             svg, captions[lang] = draw_svg(name, lang, layout)
             pictures.append(inline(svg, f"{name}-{lang}-{layout}-", f'lang="{lang}" class="{layout}"', title))
