@@ -1,27 +1,35 @@
 #!/usr/bin/env python3
 """One step (forward, backward, Adam) of a 64-128-128-10 network at batch 64: minipeft beside its peers, in one run.
 
-    python benchmarks/mlp_step.py [ROUNDS]
+    python benchmarks/mlp_step.py [--rounds 5] [--json figures/mlp-step.json]
 
 Peers that are not installed are left out. Each is timed in a process of its own (two libraries in one process disturb
-each other: their idle threads wait by spinning), all in turn, ROUNDS times; a row is the median of the rounds' medians,
-and its ratio to torch's step (to minipeft's where torch is missing). HIPS autograd has no optimizer, so it is timed on
-the gradient alone.
+each other: their idle threads wait by spinning), with a thread a processor and with one, all in turn, `--rounds` times;
+a row is the median of the rounds' medians, and its ratio to torch's step (to minipeft's where torch is missing). HIPS
+autograd has no optimizer, so it is timed on the gradient alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import minipeft  # before NumPy: OpenBLAS chooses its kernel once, and minipeft may ask for a faster one
+
+# isort: split
 import numpy as np
+from step import kernel, machine
 
-import minipeft
-from minipeft import nn, ops, optim
-from minipeft.doctor import machine_summary
+from minipeft import files, nn, ops, optim
+from minipeft.doctor import machine_summary, usable_cpus
 from minipeft.measure import latency
 
 SIZES, BATCH = (64, 128, 128, 10), 64
@@ -121,34 +129,55 @@ PEERS = {
 }
 
 
-def round_of(name: str) -> float | None:
-    """The median seconds of 2,000 steps in a new process; None where the library is not installed."""
-    done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=False)
+def round_of(name: str, threads: int) -> dict[str, Any] | None:
+    """The median seconds of 2,000 steps in a new process, and its kernel; None where the library is not installed."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, __file__, "--one", name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"left out: {name} ({done.stderr.strip().splitlines()[-1]})", file=sys.stderr)
         return None
-    return float(done.stdout)
+    return json.loads(done.stdout)
 
 
 def main() -> None:
     """Time them and print the table."""
-    if sys.argv[1:2] == ["--one"]:
-        print(latency(PEERS[sys.argv[2]](), repeat=2000, warmup=300).median)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        step = PEERS[options.one]()
+        seconds = latency(step, repeat=2000, warmup=300).median
+        print(json.dumps({"seconds": seconds, "kernel": kernel(options.one)}))
         return
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    times: dict[str, list[float]] = {name: [] for name in PEERS}
-    for _ in range(rounds):
-        for name in list(times):
-            seconds = round_of(name)
-            if seconds is None:
-                del times[name]
+    counts = sorted({usable_cpus(), 1}, reverse=True)
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {pair: [] for pair in itertools.product(PEERS, counts)}
+    for _ in range(options.rounds):
+        for pair in list(found):
+            timed = round_of(*pair)
+            if timed is None:
+                del found[pair]
             else:
-                times[name].append(seconds)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    unit = medians.get("torch, step", medians["minipeft, step"])
-    print(f"minipeft {minipeft.__version__}, " + ", ".join(f"{k} {v}" for k, v in machine_summary().items() if v))
-    for name, median in medians.items():
-        print(f"{name:32} {median * 1e6:8.0f} µs   {median / unit:5.2f}")
+                found[pair].append(timed)
+    rows = [
+        {
+            "side": name,
+            "threads": threads,
+            "seconds": statistics.median(run["seconds"] for run in runs),
+            "kernel": runs[0]["kernel"],
+        }
+        for (name, threads), runs in found.items()
+    ]
+    report = {"machine": machine(), "rounds": options.rounds, "rows": rows}
+    print(f"minipeft {minipeft.__version__}, " + ", ".join(f"{k} {v}" for k, v in report["machine"].items() if v))
+    medians = {(row["side"], row["threads"]): row["seconds"] for row in rows}
+    for (name, threads), seconds in medians.items():
+        unit = medians.get(("torch, step", threads), medians["minipeft, step", threads])
+        print(f"{name:32} {threads} thread{'s' * (threads > 1):1} {seconds * 1e6:8.0f} µs   {seconds / unit:5.2f}")
+    if options.json:
+        files.write_json(options.json, report)
 
 
 if __name__ == "__main__":

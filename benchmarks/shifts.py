@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 
+from minipeft import ops, optim  # before NumPy: OpenBLAS chooses its kernel once, and minipeft may ask for a faster one
+
+# isort: split
 import numpy as np
 
-from minipeft import ops, optim
 from minipeft.data import digits
 from minipeft.ledger.runs import BATCH, STEPS
 from minipeft.methods.lora import LoraConfig
