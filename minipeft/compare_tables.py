@@ -1,8 +1,12 @@
-"""The tables of `minipeft compare`: how well each method did, what it costs, and what has no figures."""
+"""The tables of `minipeft compare`: how well each method did, what it costs, and what has no figures.
+
+`tables` are a terminal's, `markdown` is a document's, in two languages.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich import box
@@ -19,6 +23,7 @@ TITLES = {
 }
 PERCENT = ("accuracy", "named")
 WIDE = 110
+TITLES_ZH = {"accuracy": "测试准确率，%", "test_loss": "留出集损失", "named": "答出新名字，%", "perplexity": "困惑度"}
 SHORT = {"encoder of 8 tokens": "H", "bottleneck": "b"}  # the line below the table says what they are
 
 
@@ -76,8 +81,7 @@ def _result(row: dict[str, Any], report: dict[str, Any]) -> list[Text | str]:
 def costs(report: dict[str, Any]) -> Table:
     """Bytes by part, and time beside LoRA's."""
     rows = {method: row for method, row in report["methods"].items() if row.get("bytes")}
-    largest = max((row["bytes"]["peak"] for row in rows.values()), default=0)
-    power, name = (20, "MiB") if largest >= 1 << 27 else (10, "KiB")
+    power, name = _memory_unit(rows)
     table = _table(f"a step, {name}", [*BYTES, "time ÷ LoRA's"])
     for method, row in rows.items():
         time = "–" if row["step_time"] is None else f"{row['step_time']:.2f}"
@@ -96,6 +100,48 @@ def absent(report: dict[str, Any]) -> Table:
         elif row["failed"]:
             table.add_row(method, Text(f"{row['failed']['runs']} runs; the first: {row['failed']['first']}"))
     return table
+
+
+def markdown(report: dict[str, Any], lang: str = "en") -> str:
+    """A Markdown table of the report: size, trained parameters, the first metric, steps to the target, peak memory.
+
+    Args:
+        lang: "en" or "zh".
+    """
+    t = lambda en, zh: zh if lang == "zh" else en  # noqa: E731
+    metric, target = report["metrics"][0], report["target_loss"]
+    power, unit = _memory_unit(report["methods"])
+    steps = t("steps", "步数") if target is None else t(f"steps to loss {target:g}", f"损失降到 {target:g} 的步数")
+    sizes = {"r": "r = {}", "bottleneck": t("{} wide", "宽 {}"), "": ""}
+    head = [
+        t("method", "方法"), t("size", "规模"), t("trained parameters", "训练的参数"),
+        t(TITLES, TITLES_ZH)[metric], steps, t(f"peak memory, {unit}", f"内存峰值，{unit}"),
+    ]  # fmt: skip
+    absent = {"skipped": t("left out", "未参加"), "failed": t("failed", "失败")}
+    rows = []
+    for method, row in report["methods"].items():
+        if "loss" not in row:
+            rows.append([method, "", "", absent["skipped" if "skipped" in row else "failed"], "", ""])
+            continue
+        size = sizes.get(row["unit"], t("encoder {} wide", "编码器宽 {}")).format(row["size"])
+        reached = _steps(row, report["seeds"])
+        if lang == "zh":
+            reached = re.sub(r" \((\d+) of (\d+)\)", r"（\2 次中 \1 次）", reached.replace("not reached", "未达到"))
+        peak = f"{row['bytes']['peak'] / 2**power:,.0f}" if row["bytes"] else ""
+        rows.append([method, size, _trains(row), _spread(row[metric], metric), reached, peak])
+    return markdown_table(head, rows)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lines of a Markdown table."""
+    lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def _memory_unit(methods: dict[str, Any]) -> tuple[int, str]:
+    """The power of two that bytes are divided by, and its name."""
+    largest = max((row["bytes"]["peak"] for row in methods.values() if row.get("bytes")), default=0)
+    return (20, "MiB") if largest >= 1 << 27 else (10, "KiB")
 
 
 def _table(title: str, columns: list[str], before: str = "") -> Table:
@@ -169,13 +215,18 @@ def _explained(report: dict[str, Any]) -> str:
 
 def _told_apart(report: dict[str, Any]) -> str:
     """How near to each other shares of so many cases mean nothing."""
-    metric = report["metrics"][0]
-    shares = [row[metric]["mean"] for row in report["methods"].values() if metric in row]
-    middle = sorted(shares)[len(shares) // 2] if shares else 0
-    if middle in (0, 1):
+    share, error = standard_error(report)
+    if not error:
         return ""
-    error = 100 * (middle * (1 - middle) / report["tested"]) ** 0.5
-    return f" One standard error of {report['tested']} cases at {middle:.0%}: {error:.1f} points."
+    return f" One standard error of {report['tested']} cases at {share:.0%}: {100 * error:.1f} points."
+
+
+def standard_error(report: dict[str, Any]) -> tuple[float, float]:
+    """The middle method's share of the first metric, and its standard error, √(p(1 − p)/n) of n tested cases."""
+    metric = report["metrics"][0]
+    shares = sorted(row[metric]["mean"] for row in report["methods"].values() if metric in row)
+    middle = shares[len(shares) // 2] if shares else 0.0
+    return middle, (middle * (1 - middle) / report["tested"]) ** 0.5
 
 
 def _costs_explained() -> str:

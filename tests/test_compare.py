@@ -23,7 +23,7 @@ from minipeft import compare_runs
 from minipeft.cli import app
 from minipeft.compare import FURTHEST, RANK, REPORT, Budget, Comparison, budgets, workers, write_report
 from minipeft.compare_runs import Job, Setting, Store, attached, perform, problem, trained_now
-from minipeft.compare_tables import tables
+from minipeft.compare_tables import markdown, tables
 from minipeft.plots.methods import comparison
 from minipeft.plots.style import drawing
 from minipeft.recipes import METHODS
@@ -65,6 +65,21 @@ def performed(monkeypatch) -> Counter:
 def few_timed_steps(monkeypatch):
     once = compare_runs.compare_latency
     monkeypatch.setattr(compare_runs, "compare_latency", lambda fns, repeat, warmup: once(fns, repeat=2, warmup=0))
+
+
+def test_the_markdown_table_hides_nothing_in_either_language(tmp_path):
+    report = small(tmp_path, ["lora", "full", "p-tuning"]).run()
+    report["methods"]["full"]["steps_to_target"] = {"reached": 1, "mean": 3.0, "deviation": None}
+    report["methods"]["dora"] = {"size": 7, "unit": "r", "failed": {"runs": 2, "first": "loss is nan"}}
+    for lang, words in {
+        "en": ("method", "KiB", "| p-tuning | | | left out | | |", "| dora | | | failed | | |", "3 (1 of 2)"),
+        "zh": ("方法", "KiB", "| p-tuning | | | 未参加 | | |", "| dora | | | 失败 | | |", "3（2 次中 1 次）"),
+    }.items():
+        text = markdown(report, lang)
+        assert all(word in text for word in words)
+        assert {line.count("|") for line in text.splitlines()} == {7}
+        accuracy = report["methods"]["lora"]["accuracy"]
+        assert f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['deviation']:.1f}" in text
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
