@@ -1,10 +1,14 @@
-"""What the two READMEs tell people to type: run, or shown to be what the Makefile and .ci/run do."""
+"""What the two READMEs tell people to type: run, or shown to be what the Makefile and .ci/run do. What they say that
+runs gave: compared with the files that the runs left."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +16,16 @@ from pathlib import Path
 import pytest
 import typer
 
+from minipeft import ledger
 from minipeft.cli import app
 from minipeft.models import download
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
 COMMANDS = typer.main.get_command(app).commands
+_spec = importlib.util.spec_from_file_location("benchmarks_readme", ROOT / "benchmarks" / "readme.py")
+readme = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(readme)
 
 
 def blocks(name: str, language: str) -> list[str]:
@@ -95,6 +103,87 @@ def test_what_stands_in_the_text_is_a_command_with_options_that_exist(name):
 def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+# --- the figures ------------------------------------------------------------------------------------------------------
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("part", readme.PARTS)
+@pytest.mark.parametrize("lang", readme.READMES)
+def test_figures_are_those_of_the_kept_files(lang, part):
+    """After new runs: python benchmarks/readme.py --write."""
+    text = text_of(readme.READMES[lang])
+    start, end = readme.place(text, part)
+    assert text[start:end] == readme.PARTS[part](lang)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_no_other_figure_of_a_run_is_typed(name):
+    """Numbers with a point or a per cent, outside the parts and the code, are versions and licences."""
+    text = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->|^```.*?^```|`[^`]*`", "", text_of(name), flags=re.M | re.S)
+    assert set(re.findall(r"\d+(?:\.\d+)+(?: ?%)?|\d+ ?%", text)) <= {"3.10", "4.0"}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_ledger_has_as_many_claims_as_is_said(name):
+    (said,) = re.findall(r"judges (\d+) statements|检验 (\d+) 条论断", text_of(name))
+    assert int("".join(said)) == len(ledger.ORDER)
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """The READMEs and the kept files in another place."""
+    (tmp_path / "figures").mkdir()
+    for path in (*(ROOT / "figures").glob("*.json"), *(ROOT / name for name in READMES)):
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    return tmp_path
+
+
+def change(path: Path, edit) -> None:
+    """The JSON file after `edit` changed its object."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    edit(data)
+    path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+
+
+def write(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["readme.py", "--write", *arguments])
+    readme.main()
+
+
+def test_new_figures_are_put_into_both_languages(copy, monkeypatch):
+    write(monkeypatch)
+    assert [(copy / name).read_text(encoding="utf-8") for name in READMES] == [text_of(name) for name in READMES]
+    change(copy / "figures" / "generate.json", lambda data: data["rows"][0].update(seconds=1 / 1234.5))
+    write(monkeypatch, "mlp-step")
+    assert "1234.5" not in (copy / READMES[0]).read_text(encoding="utf-8")
+    write(monkeypatch, "step")
+    for name in READMES:
+        assert "1234.5" in (copy / name).read_text(encoding="utf-8")
+
+
+def test_files_of_different_machines_or_kernels_are_not_put_together(copy):
+    change(copy / "figures" / "quant.json", lambda data: data["machine"].update(cpu="another"))
+    with pytest.raises(ValueError, match=r"^figures/quant\.json: another cpu than figures/step\.json"):
+        readme.step("en")
+    shutil.copy(ROOT / "figures" / "quant.json", copy / "figures" / "quant.json")
+    floors = lambda data: [row for row in data["rows"] if row["side"] == "np.matmul floor"]  # noqa: E731
+    change(copy / "figures" / "step.json", lambda data: floors(data)[0].update(kernel="Nehalem"))
+    with pytest.raises(ValueError, match="minipeft and the bare products ran different kernels"):
+        readme.step("en")
+
+
+def test_a_part_without_its_marks_is_refused():
+    with pytest.raises(ValueError, match=r"<!-- step --> … <!-- /step --> are there 0 times"):
+        readme.place("no marks", "step")
+
+
+# --- what is run ------------------------------------------------------------------------------------------------------
 
 
 def test_the_ten_lines_do_what_they_say(tmp_path):
