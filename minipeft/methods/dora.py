@@ -176,78 +176,88 @@ def dora_linear(
     (QDoRA): dequantized for each use, as in `lora_linear`.
     """
     check_choice("norm", norm, NORMS)
-    s, quantized = float(scaling), isinstance(W, QuantizedWeight)
-    x, A, B, m = ops.operands("dora_linear", x, A, B, m)
-    if quantized:
-        w, full = W.stored("dora_linear", x)
-    else:
-        (_, W) = ops.operands("dora_linear", x, W)
-        w, full = W.data, None
-    shape, (out, width) = x.shape, W.shape
-    if not shape or shape[-1] != width:
-        raise ValueError(f"dora_linear: x {shape}; W (out, in) = {W.shape} takes {width} features")
-    _check_factors(W, A.data, B.data)
-    _check_magnitude(W, m.data)
-    xp, a, b, kind = get_namespace(x.data), A.data, B.data, _kind_of(W, m.data)
-    weight = w if full is None else full(w)
-    rows = x.data.reshape(-1, width)  # (N, in)
-    u = backend.matmul(rows, a.T)  # (N, r)
-    y = backend.matmul(rows, weight.T)  # (N, out)
-    y += backend.matmul(u * s, b.T)
-    squared, v_at = _expanded(weight, a, b, s)
-    size = _as_kind(xp.sqrt(squared), kind)
+    x, W, A, B, m, stored, full = _operands(x, W, A, B, m)
+    xp, s, kind, in_graph = get_namespace(x.data), float(scaling), _kind_of(W, m.data), norm == "graph"
+    rows, a, b, magnitude = x.data.reshape(-1, W.shape[1]), A.data, B.data, m.data  # (N, in), (r, in), (out, r)
+    z, u, v_at, size = _forward(rows, full(stored), a, b, s, kind)
+    n = _or_one(size)
     # a row of zeros gives z = 0 whatever its gain; 1 leaves it to learn as LoRA's would
-    gain, n = xp.where(size > 0, m.data / _or_one(size), size.dtype.type(1)), _or_one(size)
-    parents = (x, W, A, B, m) if bias is None else (x, W, A, B, m, bias)
-    if bias is None and bool((m.data != 0).all() & (size > 0).all()):
-        y *= gain
-        kept, divisor = y, m.data  # z/‖V‖ = y/m: what comes next often keeps y anyway, z would be one array more
+    g = xp.where(size > 0, magnitude / n, size.dtype.type(1))  # m/‖V‖
+    if bias is None and bool((magnitude != 0).all() & (size > 0).all()):
+        y = z
+        y *= g
+        kept, divisor = y, magnitude  # z/‖V‖ = y/m: what comes next often keeps y anyway, z would be one array more
     else:
-        kept, divisor = y, n
-        y = y * gain
+        y, kept, divisor = z * g, z, n
         if bias is not None:
             y += bias.data
-    need_x, need_w, need_a, need_b, need_m, need_bias = [p.requires_grad for p in (*parents, W)[:6]]
-    in_graph = norm == "graph"
-    if not (need_w or need_a):
-        rows = None
-    if not (need_m or in_graph):
-        kept = None
-    if not in_graph:
-        v_at = None
-    count, magnitude = len(parents), m.data
+
+    parents = (x, W, A, B, m) if bias is None else (x, W, A, B, m, bias)
+    need_x, need_w, need_a, need_b, need_m, *need_bias = [p.requires_grad for p in parents]
+    rows = rows if need_w or need_a else None
+    kept = kept if need_m or in_graph else None
+    v_at = v_at if in_graph else None
+    shape = x.shape
 
     def backward(G: Array) -> list[Array | None]:
-        G = G.reshape(-1, out)
-        dm = dx = dW = dA = dB = None
+        G = G.reshape(-1, len(b))  # (N, out)
+        dm = dx = None
         if kept is not None:
-            dm = xp.einsum("ij,ij->j", G, kept)
-            dm = (dm if kind == "column" else dm.sum(keepdims=True)) / divisor
-        h = G * gain
+            along = xp.einsum("ij,ij->j", G, kept)
+            dm = (along if kind == "column" else along.sum(keepdims=True)) / divisor
+        h = G * g  # (N, out)
         v = s * backend.matmul(h, b) if need_x or need_a else None  # (N, r)
-        full_weight = w if full is None or not (need_x or (in_graph and need_a)) else full(w)
+        w = full(stored) if need_x or (in_graph and (need_w or need_a)) else None
         if need_x:
-            dx = backend.matmul(h, full_weight)
+            dx = backend.matmul(h, w)
             dx += backend.matmul(v, a)
             dx = dx.reshape(shape)
-        if need_w:
-            dW = backend.matmul(h.T, rows)
-        if need_a:
-            dA = backend.matmul(v.T, rows)
-        if need_b:
-            dB = s * backend.matmul(h.T, u)
+        dW = backend.matmul(h.T, rows) if need_w else None
+        dA = backend.matmul(v.T, rows) if need_a else None
+        dB = s * backend.matmul(h.T, u) if need_b else None
         if in_graph:
-            c = (magnitude * dm / n**2)[:, None]  # (out, 1) or (1, 1)
-            if need_w:
-                dW -= c * (full_weight + s * backend.matmul(b, a))
-            if need_a:
-                cb = s * c * b  # (out, r)
-                dA -= backend.matmul(cb.T, full_weight) + s * backend.matmul(backend.matmul(cb.T, b), a)
-            if need_b:
-                dB -= s * c * v_at
-        return [dx, dW, dA, dB, dm if need_m else None, G.sum(axis=0) if need_bias else None][:count]
+            _take_out_along(dW, dA, dB, (magnitude * dm / n**2)[:, None], w, a, b, v_at, s)
+        return [dx, dW, dA, dB, dm if need_m else None, *(G.sum(axis=0) if need else None for need in need_bias)]
 
-    return joint_result("dora_linear", y.reshape(*shape[:-1], out), parents, backward)
+    return joint_result("dora_linear", y.reshape(*shape[:-1], len(b)), parents, backward)
+
+
+def _operands(x: Any, W: Tensor, A: Tensor, B: Tensor, m: Tensor) -> tuple[Any, ...]:
+    """The operands as tensors, checked; what is stored of W, and the function that makes W (out, in) of that."""
+    x, A, B, m = ops.operands("dora_linear", x, A, B, m)
+    if isinstance(W, QuantizedWeight):
+        stored, full = W.stored("dora_linear", x)
+    else:
+        (_, W) = ops.operands("dora_linear", x, W)
+        stored, full = W.data, lambda w: w
+    if x.shape[-1:] != W.shape[1:]:
+        raise ValueError(f"dora_linear: x {x.shape}; W (out, in) = {W.shape} takes {W.shape[1]} features")
+    _check_factors(W, A.data, B.data)
+    _check_magnitude(W, m.data)
+    return x, W, A, B, m, stored, full
+
+
+def _forward(x: Array, W: Array, A: Array, B: Array, s: float, kind: str) -> tuple[Array, Array, Array, Array]:
+    """z = x Vᵀ (N, out), u = x Aᵀ (N, r), V Aᵀ (out, r) and ‖V‖ for x (N, in)."""
+    u = backend.matmul(x, A.T)
+    z = backend.matmul(x, W.T)
+    z += backend.matmul(u * s, B.T)
+    squared, v_at = _expanded(W, A, B, s)
+    return z, u, v_at, _as_kind(get_namespace(x).sqrt(squared), kind)
+
+
+def _take_out_along(
+    dW: Array | None, dA: Array | None, dB: Array | None,
+    c: Array, W: Array | None, A: Array, B: Array, v_at: Array, s: float,
+) -> None:  # fmt: skip
+    """dV −= c ∘ V, in place, as W, A and B see it; c (out, 1) or (1, 1)."""
+    if dW is not None:
+        dW -= c * (W + s * backend.matmul(B, A))
+    if dA is not None:
+        cB = s * c * B  # (out, r)
+        dA -= backend.matmul(cB.T, W) + s * backend.matmul(backend.matmul(cB.T, B), A)
+    if dB is not None:
+        dB -= s * c * v_at
 
 
 def dora_composed(
