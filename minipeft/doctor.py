@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .blas import asked, faster_kernel, openblas
+from .threads import usable_cpus
 
 SETTINGS = (
     "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
@@ -77,14 +78,6 @@ def cpu_info(cpuinfo: str | None = None) -> tuple[str, frozenset[str]]:
     return name[1].strip() if name else platform.processor() or platform.machine(), frozenset(
         flags[1].split() if flags else ()
     )
-
-
-def usable_cpus() -> int:
-    """Processors that this process gets: `taskset`'s and a container's share, not the whole machine's."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": two processors' time; "max 100000": no limit
-    used, period = quota.read_text().split() if quota.exists() else ("max", "1")
-    return cpus if used == "max" else max(1, min(cpus, round(int(used) / int(period))))
 
 
 def find_blas() -> Blas:

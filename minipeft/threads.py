@@ -1,4 +1,4 @@
-"""Parts of a batch side by side, and element-wise work in cache-sized parts.
+"""Threads: tasks side by side, element-wise work over all of them, and on each in parts that its cache holds.
 
 NumPy releases the GIL while it computes, so Python threads run NumPy side by side. BLAS has threads of its own, which
 wait for each other by spinning: while they are awake a Python thread on their processor is slower than none (an
@@ -12,7 +12,9 @@ import contextlib
 import contextvars
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +27,24 @@ if TYPE_CHECKING:
 
 PART = 1 << 16  # elements: 256 KiB of float32, which a second-level cache holds with what is made of them
 
-_inside = contextvars.ContextVar("inside", default=False)
+
+def affinity() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_cpus() -> int:
+    """Processors that this process gets: `taskset`'s and a container's share, not the whole machine's."""
+    quota = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": two processors' time; "max 100000": no limit
+    used, period = quota.read_text().split() if quota.exists() else ("max", "1")
+    return affinity() if used == "max" else max(1, min(affinity(), round(int(used) / int(period))))
 
 
 @functools.cache
 def threads() -> int:
     """How many threads there are to use: what OPENBLAS_NUM_THREADS or OMP_NUM_THREADS says, else one a processor."""
     asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(int(asked), cpus) if asked.isdigit() and int(asked) else cpus
+    return min(int(asked), affinity()) if asked.isdigit() and int(asked) else usable_cpus()
 
 
 def in_parts(work: Callable[[int, int], None], n: int, xp: ModuleType, width: int = 1) -> None:
@@ -44,6 +55,12 @@ def in_parts(work: Callable[[int, int], None], n: int, xp: ModuleType, width: in
     length = max(1, PART // max(1, width)) if xp is np else n
     for start in range(0, n, max(1, length)):
         work(start, min(n, start + length))
+
+
+# --- tasks side by side -----------------------------------------------------------------------------------------------
+
+
+_inside = contextvars.ContextVar("inside", default=False)
 
 
 def inside() -> bool:
@@ -77,13 +94,35 @@ def side_by_side(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
     if len(tasks) < 2 or available() < 2:
         return [task() for task in tasks]
     with one_by_one(), blas.one_thread():  # no task splits again
-        others = [_pool(os.getpid()).submit(contextvars.copy_context().run, task) for task in tasks[1:]]
-        try:
-            first = tasks[0]()
-        finally:  # nobody else may see the arrays while they are still written to
-            for other in others:
-                other.exception()
-        return [first, *[other.result() for other in others]]
+        return _at_once(tasks)
+
+
+def run_all(parts: Sequence[Callable[[], None]]) -> None:
+    """Run the parts, none of which multiplies matrices, on all threads: each takes the next part that is left.
+
+    Inside a `side_by_side` the thread that asks takes all.
+    """
+    left, lock = iter(parts), threading.Lock()
+
+    def take() -> None:
+        while True:
+            with lock:
+                part = next(left, None)
+            if part is None:
+                return
+            part()
+
+    _at_once([take] * (1 if inside() else max(1, min(threads(), len(parts)))))
+
+
+def _at_once(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    others = [_pool(os.getpid()).submit(contextvars.copy_context().run, task) for task in tasks[1:]]
+    try:
+        first = tasks[0]()
+    finally:  # nobody else may see the arrays while they are still written to
+        for other in others:
+            other.exception()
+    return [first, *[other.result() for other in others]]
 
 
 @functools.cache

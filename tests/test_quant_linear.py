@@ -8,13 +8,13 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from minipeft import gradcheck, nn, ops, quant
+from minipeft import gradcheck, nn, ops, quant, threads
 from minipeft.backend import to_numpy
 from minipeft.measure import memory_report
 from minipeft.methods.lora import LoraConfig, lora_linear
 from minipeft.models import load_base
 from minipeft.peft import get_peft_model
-from minipeft.quant import Linear4bit, Linear8bit, QuantizedLinear, blocks
+from minipeft.quant import Linear4bit, Linear8bit, QuantizedLinear
 from minipeft.tensor import Held, Tensor
 
 
@@ -92,7 +92,7 @@ def test_what_the_weight_tells_of_itself_is_the_full_weights():
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every further thread takes 1 MiB for its look-ups."""
-    monkeypatch.setattr(blocks, "available_cpus", lambda: 1)
+    monkeypatch.setattr(threads, "threads", lambda: 1)
 
 
 @pytest.mark.usefixtures("one_thread")

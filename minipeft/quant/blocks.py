@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +14,10 @@ from .. import backend, threads
 from ..backend import Array, get_namespace
 from ..tensor import Tensor
 
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
-
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-# No warnings for NaN and infinity on the way to `check_finite`; a decorator, since threads do not inherit the setting.
+# A decorator: no warnings for NaN and infinity on the way to `check_finite`.
 quietly = np.errstate(invalid="ignore", over="ignore", divide="ignore")
-PART = 1 << 16  # elements: 256 KiB of float32, which the second-level cache holds with what is made of them
+PART = threads.PART
 
 
 def in_parts(work: Callable[[int, int], None], n: int, xp: object, blocksize: int, part: int = PART) -> None:
@@ -28,19 +26,10 @@ def in_parts(work: Callable[[int, int], None], n: int, xp: object, blocksize: in
     The parts are whole blocks, of about `part` elements or one for each thread if that is less. On a device there is
     one part; inside `threads.side_by_side`, whose tasks have a processor each, one thread.
     """
-    cpus = available_cpus() if xp is np and n > PART and not threads.inside() else 1
-    length = max(PART, min(part, n // cpus))
+    count = threads.threads() if xp is np and not threads.inside() else 1
+    length = max(PART, min(part, n // count)) if xp is np else max(n, 1)
     length += -length % blocksize
-    if xp is not np or n <= length:
-        if n:
-            work(0, n)
-        return
-    parts = [(start, min(n, start + length)) for start in range(0, n, length)]
-    if cpus == 1:
-        for each in parts:
-            work(*each)
-    else:
-        list(_pool(os.getpid()).map(lambda each: work(*each), parts))
+    threads.run_all([partial(work, start, min(n, start + length)) for start in range(0, n, length)])
 
 
 def take(table: Array, index: Array, out: Array) -> None:
@@ -49,19 +38,6 @@ def take(table: Array, index: Array, out: Array) -> None:
         np.take(table, index, out=out, mode="clip")  # "raise" would go through a buffer
     else:
         out[...] = table[index]
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@functools.cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Worker threads. One pool a process: a fork takes the object along but not its threads."""
-    from concurrent.futures import ThreadPoolExecutor  # imported here: it would cost every `import minipeft` 5 ms
-
-    return ThreadPoolExecutor(available_cpus(), thread_name_prefix="minipeft-quant")
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -122,7 +98,7 @@ def torch_mean(x: Array, threads: int | None = None) -> Array:
 def _torch_threads() -> int:
     """How many threads PyTorch uses here: what OMP_NUM_THREADS says, else one for each CPU."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) else available_cpus()
+    return int(asked) if asked.isdigit() and int(asked) else threads.affinity()
 
 
 def _torch_sum(x: np.ndarray) -> np.float32:
