@@ -10,6 +10,7 @@ import numpy as np
 from .. import data, rank
 from ..ledger.runs import STEPS, Run, adapt, weight_updates
 from ..measure import memory_report
+from ..peft import PeftModel
 from ..recipes import METHODS
 from .style import BLUE, GREEN, GREY, INK, ORANGE, PINK, SKY, VERMILION, fit, image, panels, source, t
 
@@ -27,13 +28,18 @@ STYLES = {  # colour, dashes, marker: distinct without colour too
     "adalora": (PINK, (0, (8, 2, 2, 2)), "X"),
     "lora-ga": (INK, (0, (2, 1)), "D"),
     "lora-pro": (GREY, (0, (4, 1, 1, 1, 1, 1)), "*"),
+    "lora-pro-full": (VERMILION, (0, (5, 1.5, 1, 1.5)), "1"),
     "pissa": (PINK, (0, (1, 1)), "h"),
     "loftq": (ORANGE, (0, (1, 1)), "p"),
     "full-then-lora": (VERMILION, (0, (1, 1)), "d"),
     "adapter": (SKY, (0, (6, 2)), ">"),
     "p-tuning": (GREY, (0, (1, 2)), "x"),
 }
-NAMES = {"full": ("full", "全量微调"), "full-then-lora": ("full, then LoRA", "先全量后 LoRA")}
+NAMES = {
+    "full": ("full", "全量微调"),
+    "full-then-lora": ("full, then LoRA", "先全量后 LoRA"),
+    "lora-pro-full": ("LoRA-Pro, full", "LoRA-Pro（完整）"),
+}
 SPELLED = {"lora": "LoRA", "rslora": "rsLoRA", "qlora": "QLoRA", "dora": "DoRA", "qdora": "QDoRA", "adalora": "AdaLoRA"}
 SPELLED |= {
     "lora-ga": "LoRA-GA",
@@ -121,9 +127,11 @@ def _runs(method: str) -> list[Run]:
 
 
 PANELS = {  # no panel with more lines than can be told apart; LoRA is in both, as the one to compare with
-    ("LoRA and its variants", "LoRA 及其变体"): ["lora", "rslora", "dora", "adalora", "lora-ga", "lora-pro", "pissa"],
+    ("LoRA and its variants", "LoRA 及其变体"): [
+        "lora", "rslora", "dora", "adalora", "lora-ga", "lora-pro", "lora-pro-full", "pissa",
+    ],
     ("and others", "其他方法"): ["lora", "full", "full-then-lora", "qlora", "qdora", "loftq", "adapter"],
-}
+}  # fmt: skip
 
 
 def _compared() -> list[str]:
@@ -144,7 +152,7 @@ def methods() -> Figure:
     for i, method in enumerate(_compared()):
         colour, _, marker = STYLES[method]
         reached = [100 * run.accuracy[1] for run in _runs(method)]
-        points.plot(reached, [i] * len(reached), marker, color=colour, ms=8, alpha=0.5)
+        points.plot(reached, [i] * len(reached), marker, color=colour, ms=8, mew=1.5, alpha=0.5)
         points.plot(np.mean(reached), i, "|", color=colour, ms=18, mew=3)
     points.set(yticks=range(len(_compared())), yticklabels=[name_of(method) for method in _compared()])
     points.tick_params(axis="y", labelsize=fit(13, 10))
@@ -158,9 +166,11 @@ def methods() -> Figure:
 
 
 def training_bytes(run: Run) -> int:
-    """What stays between steps: weights as they are stored, and gradient and AdamW's two states of what trains."""
+    """What stays between steps: weights as they are stored, gradient and AdamW's two states of what trains, and what
+    the method carries (LoRA-Pro's full form: the moments of the whole weights' gradients)."""
     trained = sum(p.data.nbytes for p in run.model.parameters() if p.requires_grad)
-    return memory_report(run.model).weights + 3 * trained
+    carried = run.model.method.state_dict().values() if isinstance(run.model, PeftModel) else ()
+    return memory_report(run.model).weights + 3 * trained + sum(np.asarray(state).nbytes for state in carried)
 
 
 def quality_memory() -> Figure:
@@ -182,11 +192,12 @@ def quality_memory() -> Figure:
 
 def _point(axes: Any, runs: list[Run], method: str, label: str = "") -> None:
     colour, _, marker = STYLES[method]
-    added, reached = training_bytes(runs[0]) / 1e3, [100 * run.accuracy[1] for run in runs]
+    dearest = _runs("full") if method == "full-then-lora" else runs  # its first phase is full training
+    added, reached = training_bytes(dearest[0]) / 1e3, [100 * run.accuracy[1] for run in runs]
     mean = float(np.mean(reached))
     spread = [[mean - min(reached)], [max(reached) - mean]]
     name = None if label else name_of(method)
-    axes.errorbar(added, mean, spread, fmt=marker, color=colour, ms=11, capsize=4, lw=2, label=name)
+    axes.errorbar(added, mean, spread, fmt=marker, color=colour, ms=11, mew=2, capsize=4, lw=2, label=name)
     if label:
         axes.annotate(label, (added, mean), (12, -5), textcoords="offset points", fontsize=12.5)
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FAR = 15  # points below the middle one's accuracy
-NAMES = {"lora-pro-full": ("LoRA-Pro, full", "LoRA-Pro（完整形式）")}
 LABELS = {
     "accuracy": ("test accuracy, %", "测试准确率，%"),
     "named": ("held-out questions answered with the new name, %", "用新名字回答的未见问题，%"),
@@ -71,10 +70,6 @@ def comparison(report: dict[str, Any]) -> Figure:
     )
 
 
-def _name(method: str) -> str:
-    return t(*NAMES[method]) if method in NAMES else name_of(method)
-
-
 def _style(method: str) -> tuple[str, Any, str]:
     return STYLES.get(method, (INK, (0, (1, 1)), "8"))
 
@@ -82,7 +77,7 @@ def _style(method: str) -> tuple[str, Any, str]:
 def _curves(axes: Any, rows: dict[str, Any], steps: list[int]) -> None:
     for method, row in rows.items():
         colour, dashes, _ = _style(method)
-        axes.plot(steps, row["curve"]["mean"], color=colour, ls=dashes, label=_name(method))
+        axes.plot(steps, row["curve"]["mean"], color=colour, ls=dashes, label=name_of(method))
         axes.fill_between(steps, row["curve"]["low"], row["curve"]["high"], color=colour, alpha=0.15, lw=0)
     if rows:
         axes.legend(ncols=2, fontsize=fit(11.5, 9), loc="upper right")
@@ -106,7 +101,8 @@ def _quality(axes: Any, rows: dict[str, Any], metric: str) -> None:
         x, mean, values = row["bytes"]["peak"] / size, means[method], [100 * value for value in row[metric]["values"]]
         y = mean if method in near else edge
         spread = [[mean - min(values)], [max(values) - mean]] if method in near else None
-        axes.errorbar(x, y, spread, fmt=marker, color=colour, ms=10, capsize=3, lw=1.6, label=_name(method))
+        style = {"fmt": marker, "color": colour, "ms": 10, "mew": 1.6, "capsize": 3, "lw": 1.6}
+        axes.errorbar(x, y, spread, **style, label=name_of(method))
         if method not in near:
             axes.annotate(f"{mean:.1f} ↓", (x, y), (9, -5), textcoords="offset points", fontsize=fit(12, 9))
     axes.set(xlabel=t(f"peak of a training step, {unit}", f"训练一步的内存峰值，{unit}"), ylabel=t(*LABELS[metric]))
