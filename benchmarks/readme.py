@@ -56,23 +56,27 @@ def compare(lang: str) -> str:
     """The table of `minipeft compare` on the vision transformer, and the order on the MLP."""
     report, mlp = kept("compare-vit"), kept("compare-mlp")
     before, seeds, steps = 100 * report["base"]["accuracy"], report["seeds"], report["setting"]["steps"]
-    error = 100 * standard_error(report)[1]
+    error, tested = 100 * standard_error(report)[1], report["tested"]
+    shares = {method: 100 * row["accuracy"]["mean"] for method, row in report["methods"].items() if "loss" in row}
+    near = [method for method in shares if method != "lora" and abs(shares[method] - shares["lora"]) <= 2 * error]
     reached = {method: 100 * row["accuracy"]["mean"] for method, row in mlp["methods"].items() if "loss" in row}
     first, second = list(reached)[:2]
     intro = paragraph(
         lang,
         f"The vision transformer after {steps} steps on rotated digits, means ± standard deviations of {seeds} seeds "
-        f"(before: {before:.1f} %; one standard error of {report['tested']} test digits is {error:.1f} points). The "
+        f"(before: {before:.1f} %; one standard error of {tested} test digits is {error:.1f} points). The "
         f"loss that steps are counted to is LoRA's after half of them.",
         f"视觉 Transformer，在旋转的数字上训练 {steps} 步，{seeds} 个种子的平均值 ± 标准差（训练前 {before:.1f} %；"
-        f"{report['tested']} 个测试数字的一个标准误是 {error:.1f} 个百分点）。步数一列数到 LoRA 半程时的损失为止。",
+        f"{tested} 个测试数字的一个标准误是 {error:.1f} 个百分点）。步数一列数到 LoRA 半程时的损失为止。",
     )
     other = paragraph(
         lang,
-        "Most differences are smaller than what another choice of test digits would make, and on the MLP (`minipeft "
-        f"compare --base mlp`) the order is another one: {first} {reached[first]:.1f}, {second} {reached[second]:.1f}, "
-        f"full {reached['full']:.1f}, lora {reached['lora']:.1f}.",
-        "多数差距小于换一批测试数字带来的波动；换成 MLP（`minipeft compare --base mlp`），名次也不同："
+        f"Of the {len(shares) - 1} other methods {len(near)} are within two standard errors of LoRA: another choice of "
+        "test digits could order them differently. On the MLP (`minipeft compare --base mlp`) the order is another: "
+        f"{first} {reached[first]:.1f}, {second} {reached[second]:.1f}, full {reached['full']:.1f}, lora "
+        f"{reached['lora']:.1f}.",
+        f"其余 {len(shares) - 1} 种方法中有 {len(near)} 种与 LoRA 相差不到两个标准误，换一批测试数字，名次就可能改变；"
+        "换成 MLP（`minipeft compare --base mlp`），名次也不同："
         f"{first} {reached[first]:.1f}，{second} {reached[second]:.1f}，full {reached['full']:.1f}，"
         f"lora {reached['lora']:.1f}。",
     )
@@ -221,6 +225,7 @@ def _machine(found: dict[tuple[str, str, str], dict[str, Any]], lang: str) -> st
     Raises:
         ValueError: the kept files are not of one machine, or the bare products ran another kernel than minipeft.
     """
+    t = lambda en, zh: zh if lang == "zh" else en  # noqa: E731
     machine = kept("step")["machine"]
     for name in ("generate", "quant", "mlp-step"):
         other = kept(name)["machine"]
@@ -231,10 +236,11 @@ def _machine(found: dict[tuple[str, str, str], dict[str, Any]], lang: str) -> st
     if len(kernels["minipeft"] | kernels.get("np.matmul floor", set())) > 1:
         raise ValueError(f"figures/step.json: minipeft and the bare products ran different kernels: {kernels}")
     (kernel,), theirs = kernels["minipeft"], next(iter(kernels.get("torch + PEFT", {None})))
-    chosen, versions = machine["OPENBLAS_CORETYPE"], []
-    for peer, spelled in {"torch": "torch", "peft": "PEFT", "transformers": "transformers"}.items():
-        versions.append(f"{spelled} {machine[peer]}" + (f" ({theirs})" if peer == "torch" and theirs else ""))
-    versions.append(f"bitsandbytes {machine['bitsandbytes']}")
+    chosen = machine["OPENBLAS_CORETYPE"]
+    peers = {"torch": "torch", "peft": "PEFT", "transformers": "transformers", "bitsandbytes": "bitsandbytes"}
+    versions = [f"{spelled} {machine[peer]}" for peer, spelled in peers.items()]
+    if theirs:
+        versions[0] += t(f" ({theirs})", f"（{theirs}）")
     blas = machine["blas"].replace("scipy-openblas", "OpenBLAS")
     return paragraph(
         lang,
