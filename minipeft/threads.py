@@ -102,6 +102,11 @@ def run_all(parts: Sequence[Callable[[], None]]) -> None:
 
     Inside a `side_by_side` the thread that asks takes all.
     """
+    count = 1 if inside() else min(threads(), len(parts))
+    if count < 2:
+        for part in parts:
+            part()
+        return
     left, lock = iter(parts), threading.Lock()
 
     def take() -> None:
@@ -112,7 +117,7 @@ def run_all(parts: Sequence[Callable[[], None]]) -> None:
                 return
             part()
 
-    _at_once([take] * (1 if inside() else max(1, min(threads(), len(parts)))))
+    _at_once([take] * count)
 
 
 def _at_once(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
