@@ -6,9 +6,11 @@ Prints a line after each step, and at its end a digest of the weights, the optim
 import hashlib
 import sys
 
-import numpy as np
-
 from minipeft import FullThenLoraConfig, LoraConfig, Tensor, fit, get_peft_model, nn, optim
+
+# Before NumPy, as the tests import it: the first of them decides OpenBLAS's kernel, and with it the bits.
+# isort: split
+import numpy as np
 
 STEPS = 300
 
