@@ -6,6 +6,7 @@ nothing is registered, so `vars(module)` is all there is to know.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -235,6 +236,18 @@ def _is_dtype(x: Any) -> bool:
         return np.dtype(x).name != "object"
     except TypeError:
         return False
+
+
+@contextlib.contextmanager
+def in_mode(model: Module, training: bool) -> Iterator[None]:
+    """Inside, the whole model trains, or evaluates; afterwards each module does what it did before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def assign(parameter: Tensor, value: Array) -> None:

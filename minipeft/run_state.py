@@ -58,13 +58,12 @@ def save_run(
     optimizer: Optimizer,
     history: History,
     identity: dict[str, str],
-    method: Method | None = None,
+    method: Method,
 ) -> None:
     """Write everything that the rest of the run depends on, to a temporary name, then rename."""
     tensors = {f"model.{name}": p.data for name, p in trained.items()}
     tensors |= {f"optimizer.{name}": array for name, array in optimizer.state_dict().items()}
-    if method is not None:
-        tensors |= {f"method.{name}": array for name, array in method.state_dict().items()}
+    tensors |= {f"method.{name}": array for name, array in method.state_dict().items()}
     for name in ("loss", "lr", "grad_norm"):
         tensors[f"history.{name}"] = np.array(getattr(history, name), dtype=np.float64)
     states = {name: rng.bit_generator.state for name, rng in _generators(model).items()}
@@ -80,7 +79,7 @@ def load_run(
     history: History,
     identity: dict[str, str],
     steps: int,
-    method: Method | None = None,
+    method: Method,
 ) -> int:
     """Take over a checkpoint, after checking that it is this run's; returns how many steps it has done."""
     tensors, metadata = files.read_tensors(path)
@@ -107,8 +106,7 @@ def load_run(
         )
     if done > steps:
         raise ValueError(f"steps: got {steps}; the checkpoint {path} has done {done} already")
-    if method is not None:
-        method.load_state_dict(parts["method"])
+    method.load_state_dict(parts["method"])
     optimizer.load_state_dict(parts["optimizer"])
     for name, p in trained.items():
         assign(p, saved[name])

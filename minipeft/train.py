@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from . import backend, ops
+from .checks import check_count
 from .methods.base import Method
-from .module import Module
+from .module import Module, in_mode
 from .optim import LambdaLR, Optimizer, clip_grad_norm_
 from .progress import progress_bar
 from .run_state import CHECKPOINT, History, identity_of, load_run, save_run
@@ -87,18 +88,15 @@ def fit(
         NonFiniteLossError: the loss, or a parameter that was to be kept, is NaN or infinite. The last checkpoint stays.
     """
     loss_fn = loss_fn or classification_loss
-    method = method or (getattr(model, "method", None) if hasattr(model, "peft_config") else None)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _check(steps, grad_accumulation, checkpoint_every, clip_norm, trained, optimizer)
-    trained = trained if method is None else method.changed(model)
+    method = method or (getattr(model, "method", None) if hasattr(model, "peft_config") else None) or Method(None)
+    _check(steps, grad_accumulation, checkpoint_every, clip_norm, model, optimizer)
+    trained = method.changed(model)
     checkpoint = Path(checkpoint_dir) / CHECKPOINT if checkpoint_dir is not None else None
     identity = identity_of(model, trained, optimizer) if checkpoint is not None else {}
     every = checkpoint_every or max(1, steps // 10)
-    history = History()
-    if method is not None:
-        method.run_steps = steps
-        method.start(model, optimizer)
-    first = 0
+    history, first = History(), 0
+    method.run_steps = steps
+    method.start(model, optimizer)
     if resume:
         if checkpoint is None:
             raise ValueError("resume: needs checkpoint_dir")
@@ -106,45 +104,40 @@ def fit(
             first = load_run(checkpoint, model, trained, optimizer, history, identity, steps, method)
             if scheduler is not None:
                 scheduler.go_to(first)
-    stream = _stream(batches, first * grad_accumulation)
-    modes, start = [(module, module.training) for module in model.modules()], time.perf_counter()
-    model.train()
-    try:
-        with progress_bar(steps, first, progress) as show:
-            for step in range(first, steps):
-                optimizer.zero_grad()
-                loss, examples = _accumulate(model, loss_fn, method, stream, grad_accumulation, step)
-                if clip_norm is not None:
-                    history.grad_norm.append(clip_grad_norm_(trained.values(), clip_norm))
-                if method is not None:
-                    method.before_step(model, step)
-                history.loss.append(loss)
-                history.lr.append(optimizer.param_groups[0]["lr"])
-                optimizer.step()
-                if scheduler is not None:
-                    scheduler.step()
-                if method is not None:
-                    method.after_step(model, step)
-                done = step + 1
-                history.seconds = time.perf_counter() - start
-                kept = checkpoint is not None and done % every == 0
-                if kept or done == steps:
-                    _check_finite(trained, done)
-                if checkpoint is not None and (kept or done == steps):
+    stream, start = _stream(batches, first * grad_accumulation), time.perf_counter()
+    with in_mode(model, training=True), progress_bar(steps, first, progress) as show:
+        for step in range(first, steps):
+            optimizer.zero_grad()
+            loss, examples = _accumulate(model, loss_fn, method, stream, grad_accumulation, step)
+            if clip_norm is not None:
+                history.grad_norm.append(clip_grad_norm_(trained.values(), clip_norm))
+            method.before_step(model, step)
+            history.loss.append(loss)
+            history.lr.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            method.after_step(model, step)
+            done = step + 1
+            history.seconds = time.perf_counter() - start
+            if done == steps or (checkpoint is not None and done % every == 0):
+                _check_finite(trained, done)
+                if checkpoint is not None:
                     save_run(checkpoint, done, model, trained, optimizer, history, identity, method)
-                show(done, loss, examples)
-                for callback in callbacks:
-                    callback(Progress(done, steps, loss, model, optimizer, history))
-    finally:
-        for module, training in modes:
-            module.training = training
+            show(done, loss, examples)
+            for callback in callbacks:
+                callback(Progress(done, steps, loss, model, optimizer, history))
     return history
 
 
-def _check(steps: int, accumulation: int, every: int | None, clip: float | None, trained: dict, optimizer: Any) -> None:
-    for name, value in (("steps", steps), ("grad_accumulation", accumulation), ("checkpoint_every", every)):
-        if value is not None and (not isinstance(value, int | np.integer) or value < 1):
-            raise ValueError(f"{name}: got {value!r}; an int of at least 1 is accepted")
+def _check(
+    steps: int, accumulation: int, every: int | None, clip: float | None, model: Module, optimizer: Optimizer
+) -> None:
+    check_count("steps", steps)
+    check_count("grad_accumulation", accumulation)
+    if every is not None:
+        check_count("checkpoint_every", every)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if clip is not None and not clip > 0:
         raise ValueError(f"clip_norm: got {clip}; a positive number is accepted")
     if not trained:
@@ -159,7 +152,7 @@ def _check(steps: int, accumulation: int, every: int | None, clip: float | None,
 
 
 def _accumulate(
-    model: Module, loss_fn: Loss, method: Method | None, stream: Iterator[Any], n: int, step: int
+    model: Module, loss_fn: Loss, method: Method, stream: Iterator[Any], n: int, step: int
 ) -> tuple[float, int]:
     """Gradients of the mean loss of n batches, and of the method's penalty; (that loss, how many examples)."""
     total, examples = 0.0, 0
@@ -175,7 +168,7 @@ def _accumulate(
         examples += _examples(batch)
         (loss if n == 1 else loss * (1 / n)).backward()
         del loss
-    penalty = method.penalty(model) if method is not None else None
+    penalty = method.penalty(model)
     if penalty is not None:
         penalty.backward()
     return total / n, examples

@@ -23,6 +23,7 @@ import numpy as np
 from .. import backend, threads
 from ..backend import Array, get_namespace
 from ..checks import check_choice, check_count
+from ..module import in_mode
 from ..nn import Dropout, Module
 from ..progress import counting_bar
 from ..quant.linear import QuantizedLinear
@@ -252,21 +253,17 @@ def _groups(sizes: dict[str, int], budget: int) -> Iterator[list[str]]:
 def _only_base(model: Module) -> Iterator[None]:
     """The model frozen, in eval mode and without its adapters; as before at the end."""
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modules = [(m, m.training, getattr(m, "disabled", None)) for m in model.modules()]
+    layers = [(m, m.disabled) for m in model.modules() if hasattr(m, "disabled")]
     try:
-        for module, _, disabled in modules:
-            module.training = False
-            if disabled is not None:
-                module.disabled = True
+        for layer, _ in layers:
+            layer.disabled = True
         for p, _, _ in parameters:
             p.requires_grad = False
-        with enable_grad():
+        with enable_grad(), in_mode(model, training=False):
             yield
     finally:
-        for module, training, disabled in modules:
-            module.training = training
-            if disabled is not None:
-                module.disabled = disabled
+        for layer, disabled in layers:
+            layer.disabled = disabled
         for p, requires_grad, grad in parameters:
             p.requires_grad, p.grad = requires_grad, grad
 

@@ -20,6 +20,7 @@ import numpy as np
 from .. import backend, ops
 from ..backend import Array, get_namespace
 from ..checks import check_choice, check_count
+from ..module import in_mode
 from ..nn import Dropout, Embedding, Linear, Module, Parameter, ReLU, Sequential, uniform
 from ..tensor import Tensor, no_grad
 from ..virtual_tokens import VirtualTokens
@@ -383,12 +384,8 @@ class PTuning(Method):
         """PEFT's format: the tokens that the encoder makes, without it, and the sizes that the config left out."""
         layer = next(layer for _, layer in model.adapter_layers() if self.adapter in layer.adapters)
         encoder, base = layer.prompt_encoder[self.adapter], model.get_base_model()
-        modes = [(module, module.training) for module in encoder.modules()]
-        encoder.eval()  # a file has no dropout
-        with no_grad():
+        with no_grad(), in_mode(encoder, training=False):  # a file has no dropout
             tokens = encoder().data
-        for module, training in modes:
-            module.training = training
         config = replace(
             config,
             token_dim=layer.base_layer.dim,

@@ -18,6 +18,7 @@ import numpy as np
 from .. import backend
 from ..backend import Array, get_namespace
 from ..checks import check_choice, check_count
+from ..module import in_mode
 from ..nn import Dropout, Linear, Module
 from ..quant.blocks import flat_floats
 from ..quant.blockwise import QuantizedTensor, dequantize
@@ -270,13 +271,8 @@ def finish_qlora(peft_model: Module, how: str = "keep", *, inputs: Any) -> tuple
 
 def _outputs(model: Module, inputs: Any) -> Array:
     """The model's outputs in eval mode; its modes are left as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with no_grad():
-            return model.eval()(*(inputs if isinstance(inputs, tuple) else (inputs,))).data
-    finally:
-        for module, training in modes:
-            module.training = training
+    with no_grad(), in_mode(model, training=False):
+        return model(*(inputs if isinstance(inputs, tuple) else (inputs,))).data
 
 
 def _nbytes(model: Module) -> int:
