@@ -65,6 +65,12 @@ def check_writable(path: Path, option: str, directory: bool) -> None:
         fail(f"{option}: cannot write in {folder} ({error.strerror})")
 
 
+def option(text: str, default: object = None, *flags: str, **more: Any) -> Any:
+    """A command's option; `default` is what its None becomes, for people to read."""
+    told = "" if default is None else f"  [dim]\\[default: {default}][/]"
+    return typer.Option(*flags, help=text + told, **more)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         out.print(f"minipeft {__version__}")
@@ -84,7 +90,7 @@ def main(
 
 
 LANGUAGE = "smollm2, a Hugging Face directory or a .gguf file"
-LANGUAGE_PANEL = "For a language model"
+FOR_DIGITS, FOR_LANGUAGE = ({"rich_help_panel": f"For {what}"} for what in ("digits", "a language model"))
 
 
 @app.command(
@@ -94,71 +100,41 @@ LANGUAGE_PANEL = "For a language model"
 def train(
     model: Annotated[
         str | None,
-        typer.Option(
-            help=f"A digit classifier ({', '.join(BASES)}) or a language model ({LANGUAGE}).  "
-            "[dim]\\[default: vit, with --data smollm2][/]"
+        option(
+            f"A digit classifier ({', '.join(BASES)}) or a language model ({LANGUAGE}).", "vit, with --data smollm2"
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help=f"What trains: {', '.join(adapt.METHODS)}.")] = "lora",
-    r: Annotated[
-        int | None, typer.Option(help="Rank of BA (adapter: bottleneck; p-tuning: tokens).  [dim]\\[default: 8][/]")
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(help="α: the update is scaled by α/r (rslora: α/√r).  [dim]\\[default: 2r][/]"),
-    ] = None,
-    targets: Annotated[
-        str | None,
-        typer.Option(help="Layers to adapt: all-linear, or names with commas.  [dim]\\[default: all-linear][/]"),
-    ] = None,
+    method: Annotated[str, option(f"What trains: {', '.join(adapt.METHODS)}.")] = "lora",
+    r: Annotated[int | None, option("Rank of BA (adapter: bottleneck; p-tuning: tokens).", 8)] = None,
+    alpha: Annotated[float | None, option("α: the update is scaled by α/r (rslora: α/√r).", "2r")] = None,
+    targets: Annotated[str | None, option("Layers to adapt: all-linear, or names with commas.", "all-linear")] = None,
     steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help=f"Optimizer steps (AdamW).  [dim]\\[default: {adapt.STEPS}, language {adapt_language.STEPS}][/]"
-        ),
+        int | None, option("Optimizer steps (AdamW).", f"{adapt.STEPS}, language {adapt_language.STEPS}", min=1)
     ] = None,
     batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help=f"Digits or chats in a step.  [dim]\\[default: {adapt.BATCH}, language {adapt_language.BATCH}][/]",
-        ),
+        int | None, option("Digits or chats in a step.", f"{adapt.BATCH}, language {adapt_language.BATCH}", min=1)
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.  [dim]\\[default: the method's][/]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="For start values and the order of the data.")] = 0,
+    lr: Annotated[float | None, option("Learning rate.", "the method's")] = None,
+    seed: Annotated[int, option("For start values and the order of the data.", min=0)] = 0,
     shift: Annotated[
         str | None,
-        typer.Option(
-            help=f"The new domain, how digits are changed: {', '.join(digits.SHIFTS)}.  [dim]\\[default: rotated][/]",
-            rich_help_panel="For digits",
-        ),
+        option(f"The new domain, how digits are changed: {', '.join(digits.SHIFTS)}.", "rotated", **FOR_DIGITS),
     ] = None,
     data: Annotated[
-        str | None,
-        typer.Option(
-            help="self-cognition, or a .jsonl file of chats.  [dim]\\[default: self-cognition][/]",
-            rich_help_panel=LANGUAGE_PANEL,
-        ),
+        str | None, option("self-cognition, or a .jsonl file of chats.", "self-cognition", **FOR_LANGUAGE)
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="The name that it learns to give.", rich_help_panel=LANGUAGE_PANEL)
-    ] = None,
-    author: Annotated[
-        str | None, typer.Option(help="Who made it, as it learns to say.", rich_help_panel=LANGUAGE_PANEL)
-    ] = None,
+    name: Annotated[str | None, option("The name that it learns to give.", **FOR_LANGUAGE)] = None,
+    author: Annotated[str | None, option("Who made it, as it learns to say.", **FOR_LANGUAGE)] = None,
     checkpointing: Annotated[
         bool,
-        typer.Option(
-            "--checkpointing",
-            help="Keep only the input of each block: half the memory, more time.",
-            rich_help_panel=LANGUAGE_PANEL,
+        option(
+            "Keep only the input of each block: half the memory, more time.", None, "--checkpointing", **FOR_LANGUAGE
         ),
     ] = False,
     directory: Annotated[
-        Path | None,
-        typer.Option("--out", help="Where the result and checkpoints go.  [dim]\\[default: runs/MODEL-METHOD][/]"),
+        Path | None, option("Where the result and checkpoints go.", "runs/MODEL-METHOD", "--out")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in that directory.")] = False,
+    resume: Annotated[bool, option("Go on from the checkpoint in that directory.", None, "--resume")] = False,
 ) -> None:
     """Adapt a pre-trained model and show it before and after: a digit classifier to rotated digits, or a language model
     to a new identity or to your own chats."""

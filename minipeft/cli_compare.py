@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .adapt import METHODS
-from .cli import app, check_writable, err, fail, out, user_errors
+from .cli import app, check_writable, err, fail, option, out, user_errors
 from .data import digits
 from .models import BASES
 
@@ -25,33 +25,18 @@ DEFAULTS = {  # (in full, quick)
     epilog="[bold]minipeft compare --base mlp --seeds 3[/]   or   [bold]minipeft compare --methods lora,dora,full[/]"
 )
 def compare(
-    task: Annotated[str, typer.Option(help=f"What is learned: {' or '.join(TASKS)}.")] = "digits",
-    methods: Annotated[str, typer.Option(help=f"all, or some of {', '.join(METHODS)}, with commas.")] = "all",
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Runs of each method.  [dim]\\[default: 5, language 2][/]")
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help=f"{', '.join(BASES)}, or a language model.  [dim]\\[default: vit, language smollm2][/]"),
-    ] = None,
-    shift: Annotated[str, typer.Option(help=f"Digits: {', '.join(digits.SHIFTS)}.")] = "rotated",
-    steps: Annotated[int | None, typer.Option(help="Steps of each run.  [dim]\\[default: 200, language 60][/]")] = None,
-    sweep: Annotated[
-        bool | None,
-        typer.Option("--sweep/--no-sweep", help="Choose learning rates.  [dim]\\[default: yes, --quick no][/]"),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few short runs with the recipes' learning rates.")] = False,
-    target: Annotated[
-        float | None, typer.Option(help="Count steps to this loss.  [dim]\\[default: LoRA's at half of its steps][/]")
-    ] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs side by side, in processes.  [dim]\\[default: one a CPU, language 1][/]"),
-    ] = None,
-    directory: Annotated[
-        Path | None, typer.Option("--out", help="Where runs and the report go.  [dim]\\[default: runs/compare-BASE][/]")
-    ] = None,
-    lang: Annotated[str, typer.Option(help="Labels of the figure: en or zh.")] = "en",
+    task: Annotated[str, option(f"What is learned: {' or '.join(TASKS)}.")] = "digits",
+    methods: Annotated[str, option(f"all, or some of {', '.join(METHODS)}, with commas.")] = "all",
+    seeds: Annotated[int | None, option("Runs of each method.", "5, language 2", min=1)] = None,
+    base: Annotated[str | None, option(f"{', '.join(BASES)}, or a language model.", "vit, language smollm2")] = None,
+    shift: Annotated[str, option(f"Digits: {', '.join(digits.SHIFTS)}.")] = "rotated",
+    steps: Annotated[int | None, option("Steps of each run.", "200, language 60")] = None,
+    sweep: Annotated[bool | None, option("Choose learning rates.", "yes, --quick no", "--sweep/--no-sweep")] = None,
+    quick: Annotated[bool, option("Few short runs with the recipes' learning rates.", None, "--quick")] = False,
+    target: Annotated[float | None, option("Count steps to this loss.", "LoRA's at half of its steps")] = None,
+    jobs: Annotated[int | None, option("Runs side by side, in processes.", "one a CPU, language 1", min=1)] = None,
+    directory: Annotated[Path | None, option("Where runs and the report go.", "runs/compare-BASE", "--out")] = None,
+    lang: Annotated[str, option("Labels of the figure: en or zh.")] = "en",
 ) -> None:
     """Train all methods with as many parameters each, and rank them: quality, bytes, time. What was run is kept: it can
     be stopped."""

@@ -10,15 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli import app, check_writable, err, fail, out, user_errors
+from .cli import app, check_writable, err, fail, option, out, user_errors
 from .files import read_json
 
 MODELS = ("smollm2",)
 Model = Annotated[
-    str | None,
-    typer.Option(
-        help="smollm2, a Hugging Face directory, or a .gguf file.  [dim]\\[default: the adapter's, or smollm2][/]"
-    ),
+    str | None, option("smollm2, a Hugging Face directory, or a .gguf file.", "the adapter's, or smollm2")
 ]
 Adapter = Annotated[Path | None, typer.Option(help="A directory with a saved adapter, put on the model.")]
 Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after this many tokens.")]
