@@ -149,14 +149,14 @@ def _code(id: str, references: Iterable[str]) -> str:
         except (ImportError, AttributeError):  # a method that this version lacks
             continue
     [claim] = ledger.claims([id]) or ledger.claims([id], full=True)
-    blocks = [("The formula in code:", "公式对应的代码：", found)] if found else []
-    blocks.append(("How it is checked:", "如何检验：", [sources.source_of(claim.check, claim.check.__name__)]))
+    blocks = [("The formula in code: ", "公式对应的代码：", found)] if found else []
+    blocks.append(("How it is checked: ", "如何检验：", [sources.source_of(claim.check, claim.check.__name__)]))
     return "".join(_folded(_both(en, zh), group) for en, zh, group in blocks)
 
 
 def _folded(title: str, group: list[sources.Source]) -> str:
     names = ", ".join(f"<code>{html.escape(s.name)}</code>" for s in group)
-    return f"<details><summary>{title} {names}</summary>{''.join(map(_source, group))}</details>"
+    return f"<details><summary>{title}{names}</summary>{''.join(map(_source, group))}</details>"
 
 
 def _source(s: sources.Source) -> str:
