@@ -5,9 +5,10 @@ Left to its defaults it is the run that the ledger judges and the figures show (
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from rich.console import Console
@@ -25,40 +26,59 @@ from .train import CHECKPOINT, classification_loss, fit
 RUN = "run.json"
 
 
-@dataclass
-class Settings:
-    """What a run depends on, named as the command's options; what is None becomes the method's own default.
+@dataclass(kw_only=True)
+class MethodSettings:
+    """What every run depends on, named as the command's options; what is None becomes the method's own default.
 
     Raises:
-        ValueError: a model, method or shift that does not exist, or an option that the method does not have.
+        ValueError: a method that does not exist, or an option that it does not have.
     """
 
-    model: str = "vit"
     method: str = "lora"
-    shift: str = "rotated"
     r: int | None = None
     alpha: float | None = None
     targets: str | None = None
-    steps: int = STEPS
-    batch_size: int = BATCH
     lr: float | None = None
     seed: int = 0
 
+    rate: ClassVar[str] = "lr"  # what a recipe calls the learning rate of such a run
+
     def __post_init__(self) -> None:
-        for option, accepted in (("model", BASES), ("method", METHODS), ("shift", digits.SHIFTS)):
-            if getattr(self, option) not in accepted:
-                raise ValueError(f"--{option}: got {getattr(self, option)!r}; accepted are {', '.join(accepted)}")
-        if not 1 <= self.batch_size <= digits.PARTS["train"]:
-            raise ValueError(f"--batch-size: got {self.batch_size}; 1 to {digits.PARTS['train']} is accepted")
-        self.lr = METHODS[self.method].lr if self.lr is None else self.lr
+        self._check_option("method", METHODS)
+        self.lr = getattr(METHODS[self.method], self.rate) if self.lr is None else self.lr
         fill_options(self)
+
+    def _check_option(self, option: str, accepted: Collection[str]) -> None:
+        if getattr(self, option) not in accepted:
+            raise ValueError(f"--{option}: got {getattr(self, option)!r}; accepted are {', '.join(accepted)}")
 
     def choice(self) -> Choice:
         """What the method's recipe is given."""
         return choice(self)
 
 
-def fill_options(settings: Any) -> None:
+@dataclass
+class Settings(MethodSettings):
+    """What a run on the digits depends on.
+
+    Raises:
+        ValueError: a model, method or shift that does not exist, or an option that the method does not have.
+    """
+
+    model: str = "vit"
+    shift: str = "rotated"
+    steps: int = STEPS
+    batch_size: int = BATCH
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_option("model", BASES)
+        self._check_option("shift", digits.SHIFTS)
+        if not 1 <= self.batch_size <= digits.PARTS["train"]:
+            raise ValueError(f"--batch-size: got {self.batch_size}; 1 to {digits.PARTS['train']} is accepted")
+
+
+def fill_options(settings: MethodSettings) -> None:
     """Give r, alpha and targets their defaults; ValueError where the method has no such options."""
     own = METHODS[settings.method].options
     for option in ("r", "alpha", "targets"):
@@ -71,7 +91,7 @@ def fill_options(settings: Any) -> None:
             setattr(settings, option, defaults[option])
 
 
-def choice(settings: Any) -> Choice:
+def choice(settings: Settings) -> Choice:
     """What the method's recipe is given.
 
     Targets that are a regular expression are passed on as they are; names with commas become a list.
@@ -97,18 +117,13 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console) -> 
     model = load_base(settings.model)
     size, before = sum(p.size for p in model.parameters()), _accuracies(model, task)
     model = prepared(model, settings.method, settings.choice(), settings.seed, batches, classification_loss)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optim.AdamW(trainable, lr=settings.lr)
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
     if resume:
         check_same_run(settings, directory, console)
-    else:  # an older run's checkpoint would not belong to these settings
-        (directory / CHECKPOINT).unlink(missing_ok=True)
-    files.write_json(directory / RUN, asdict(settings))
-    trains = sum(p.size for p in trainable)
-    share = f"{trains / size:.1%}" if trains <= size else "the weights, then the factors"
+    begin(settings, directory, resume)
     console.print(
         f"[bold]{settings.model}[/] ({size:,} parameters) learns {task.name} digits in {settings.steps} steps; "
-        f"[bold]{settings.method}[/] trains {trains:,} parameters ({share})."
+        f"[bold]{settings.method}[/] trains {trained_share(model, size, '.1%')}."
     )
     with np.errstate(over="ignore", invalid="ignore"):  # a loss that is not finite stops the run with better words
         history = fit(
@@ -125,7 +140,21 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console) -> 
     )
 
 
-def check_same_run(settings: Any, directory: Path, console: Console) -> None:
+def begin(settings: MethodSettings, directory: Path, resume: bool) -> None:
+    """Write what the run depends on; unless one is resumed, an older checkpoint goes, which would not belong to it."""
+    if not resume:
+        (directory / CHECKPOINT).unlink(missing_ok=True)
+    files.write_json(directory / RUN, asdict(settings))
+
+
+def trained_share(model: Module, size: int, form: str) -> str:
+    """How many parameters train, and which share of the base's `size` that is."""
+    trains = sum(p.size for p in model.parameters() if p.requires_grad)
+    share = f"{trains / size:{form}}" if trains <= size else "the weights, then the factors"
+    return f"{trains:,} parameters ({share})"
+
+
+def check_same_run(settings: MethodSettings, directory: Path, console: Console) -> None:
     """Raise ValueError where the directory holds a run with other settings; only more steps are welcome."""
     if not (directory / CHECKPOINT).exists():
         console.print(f"No checkpoint in {directory} yet: starting at the first step.")

@@ -12,24 +12,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import files, optim
-from .adapt import RUN, check_same_run, choice, fill_options
+from . import optim
+from .adapt import MethodSettings, begin, check_same_run, trained_share
 from .data import chat, self_cognition
 from .nn import Module
 from .peft import PeftModel
 from .recipes import METHODS, prepared
 from .schedules import LambdaLR
 from .tensor import no_grad
-from .train import CHECKPOINT, Progress, fit
+from .train import Progress, fit
 
 STEPS, BATCH = 60, 6
 WARM_UP = 10  # steps in which the learning rate grows to its value, where it stays: a run can go on with more steps
@@ -41,8 +41,8 @@ ASKED = 26  # questions answered at a time
 
 
 @dataclass
-class Settings:
-    """What a run depends on, named as the command's options; what is None becomes the method's own default.
+class Settings(MethodSettings):
+    """What a run on a language model depends on.
 
     Raises:
         ValueError: a method that does not exist, an option that it or the data does not have, or one that is missing.
@@ -52,20 +52,15 @@ class Settings:
     data: str = SELF_COGNITION
     name: str | None = None
     author: str | None = None
-    method: str = "lora"
-    r: int | None = None
-    alpha: float | None = None
-    targets: str | None = None
     steps: int = STEPS
     batch_size: int = BATCH
-    lr: float | None = None
-    seed: int = 0
     checkpointing: bool = False
     contents: str | None = None  # the data's fingerprint, filled in by the run: it is not resumed with other data
 
+    rate: ClassVar[str] = "language_lr"
+
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"--method: got {self.method!r}; accepted are {', '.join(METHODS)}")
+        super().__post_init__()
         own = self.data != SELF_COGNITION
         for option in ("name", "author"):
             given = getattr(self, option) is not None
@@ -73,8 +68,6 @@ class Settings:
                 raise ValueError(f"--{option}: only the data {SELF_COGNITION!r} has a place for it")
             if not given and not own:
                 raise ValueError(f"--{option}: missing; with --data {SELF_COGNITION} the model learns to give it")
-        self.lr = METHODS[self.method].language_lr if self.lr is None else self.lr
-        fill_options(self)
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------
@@ -224,21 +217,16 @@ def run(settings: Settings, directory: Path, resume: bool, console: Console, err
     with waiting(err, f"before training: {asked}, perplexity"):
         before = measure(model, tokenizer, task, test)
     size = sum(p.size for p in model.parameters())
-    model = prepared(model, settings.method, choice(settings), settings.seed, batches, chat.chat_loss)
+    model = prepared(model, settings.method, settings.choice(), settings.seed, batches, chat.chat_loss)
     if batches.lengths.max() > model.context:  # virtual tokens take places too
         longest = batches.lengths.max()
         raise ValueError(f"{settings.data}: a conversation has {longest} tokens; {model.context} are accepted")
     model.model.checkpointing = settings.checkpointing
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optim.AdamW(trainable, lr=settings.lr)
-    if not resume:  # an older run's checkpoint would not belong to these settings
-        (directory / CHECKPOINT).unlink(missing_ok=True)
-    files.write_json(directory / RUN, asdict(settings))
-    trains = sum(p.size for p in trainable)
-    share = f"{trains / size:.2%}" if trains <= size else "the weights, then the factors"
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
+    begin(settings, directory, resume)
     console.print(
         f"[bold]{settings.model}[/] ({size:,} parameters) learns {len(examples)} conversations from {settings.data}; "
-        f"[bold]{settings.method}[/] trains {trains:,} parameters ({share})."
+        f"[bold]{settings.method}[/] trains {trained_share(model, size, '.2%')}."
     )
     console.print(
         f"{settings.steps} steps of {settings.batch_size} conversations, {batches.lengths.mean():.0f} tokens each; "
