@@ -134,6 +134,8 @@ def round_of(name: str, threads: int) -> dict[str, Any] | None:
     environment = os.environ | {"OPENBLAS_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, __file__, "--one", name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode and name.startswith("minipeft"):
+        raise SystemExit(done.stderr)
     if done.returncode:
         print(f"left out: {name} ({done.stderr.strip().splitlines()[-1]})", file=sys.stderr)
         return None

@@ -119,7 +119,8 @@ def language(lang: str) -> str:
 
 
 def _cut(text: str, length: int = 90) -> str:
-    """The beginning of a long answer, ended at a space."""
+    """The beginning of a long answer, ended at a space; a bar would end the cell."""
+    text = text.replace("|", "\\|")
     return text if len(text) <= length else text[: length + 1].rpartition(" ")[0].rstrip(",.") + " …"
 
 

@@ -263,6 +263,8 @@ def in_turn(jobs: list[tuple[str, ...]], rounds: int) -> dict[tuple[str, ...], d
             done = subprocess.run(
                 [sys.executable, __file__, "--one", *job], capture_output=True, text=True, check=False
             )
+            if done.returncode and job[0].startswith("minipeft"):
+                raise SystemExit(done.stderr)
             if done.returncode:
                 print(f"left out: {job} ({done.stderr.strip().splitlines()[-1]})", file=sys.stderr)
                 del found[job]
