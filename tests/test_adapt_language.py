@@ -14,26 +14,20 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 pytest.importorskip("gguf")
 
-from test_tokenizer import write_gguf
+from test_tokenizer import write_llama
 
-from minipeft import PeftModel, adapt_language, cli, cli_language, load_model, load_tokenizer, save_model
+from minipeft import PeftModel, adapt_language, cli, cli_language, load_model, load_tokenizer
 from minipeft.adapt_language import Settings, ask, held_out_loss, load_task, perplexity
 from minipeft.data import chat, self_cognition
 from minipeft.models.download import smollm2_file
-from minipeft.models.llama import Llama
-from minipeft.models.llama_config import LlamaConfig
 
 SHORT = ("--steps", "3", "--batch-size", "2", "--r", "2")
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
-    """A directory with a Llama of two layers, whose context holds the self-cognition set in bytes."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = load_tokenizer(write_gguf(folder / "vocabulary.gguf"))
-    config = LlamaConfig(tokenizer.vocab_size, 16, 32, 2, 2, max_position_embeddings=512, eos_token_id=2)
-    save_model(Llama(config, rng=0), folder / "model", tokenizer)
-    return str(folder / "model")
+    """A Llama whose context holds the self-cognition set in bytes."""
+    return write_llama(tmp_path_factory.mktemp("tiny"), context=512)
 
 
 @pytest.fixture

@@ -10,23 +10,16 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 pytest.importorskip("gguf")
 
-from test_tokenizer import write_gguf
+from test_tokenizer import write_llama
 
-from minipeft import LoraConfig, cli, get_peft_model, load_tokenizer, save_model
+from minipeft import LoraConfig, cli, get_peft_model
 from minipeft.measure import estimate_memory, format_bytes
 from minipeft.models import download
-from minipeft.models.llama import Llama
-from minipeft.models.llama_config import LlamaConfig
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A directory with a Llama of two layers."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = load_tokenizer(write_gguf(folder / "vocabulary.gguf"))
-    config = LlamaConfig(tokenizer.vocab_size, 16, 32, 2, 2, max_position_embeddings=128, eos_token_id=2)
-    save_model(Llama(config, rng=0), folder / "model", tokenizer)
-    return str(folder / "model")
+    return write_llama(tmp_path_factory.mktemp("tiny"), context=128)
 
 
 def run(*arguments: str, input: str | None = None) -> Result:

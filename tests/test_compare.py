@@ -513,21 +513,17 @@ def test_wrong_arguments_are_one_clear_line_and_nothing_is_written(tmp_path, mon
 def test_a_language_model_s_methods_are_ranked_by_the_questions_answered_with_the_name(tmp_path, monkeypatch):
     for package in ("tokenizers", "jinja2", "gguf"):
         pytest.importorskip(package)
-    from test_tokenizer import write_gguf
+    from test_tokenizer import write_llama
 
-    from minipeft import adapt_language, load_tokenizer, save_model
+    from minipeft import adapt_language
     from minipeft.data import self_cognition
-    from minipeft.models.llama import Llama
-    from minipeft.models.llama_config import LlamaConfig
 
-    tokenizer = load_tokenizer(write_gguf(tmp_path / "vocabulary.gguf"))
-    config = LlamaConfig(tokenizer.vocab_size, 16, 32, 2, 2, max_position_embeddings=512, eos_token_id=2)
-    save_model(Llama(config, rng=0), tmp_path / "tiny", tokenizer)
+    model = write_llama(tmp_path, context=512)
     monkeypatch.setattr(adapt_language, "ANSWER", 4)
     few, whole = self_cognition.shown(), self_cognition.conversations(compare_runs.NAME, compare_runs.AUTHOR)
     monkeypatch.setattr(self_cognition, "held_out", lambda: few)
     monkeypatch.setattr(self_cognition, "conversations", lambda name, author: whole[::20])
-    options = ("--task", "self-cognition", "--base", tmp_path / "tiny", "--methods", "lora,p-tuning", "--steps", 4)
+    options = ("--task", "self-cognition", "--base", model, "--methods", "lora,p-tuning", "--steps", 4)
     result = command(*options, "--seeds", 1, "--no-sweep", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / REPORT).read_text())

@@ -13,15 +13,7 @@ from minipeft.models.llama import Llama
 from minipeft.models.llama_config import LlamaConfig, from_hugging_face, rotary_frequencies, to_hugging_face
 from minipeft.tensor import is_grad_enabled, no_grad
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+SIZES = {name: size for name, size in cases.BASE.items() if name not in ("model_type", "rms_norm_eps")}
 IDS = cases.batch("none")[0]
 PROMPTS = [[5, 7, 9, 11, 2, 3], [8, 1], [4, 4, 40, 2]]
 

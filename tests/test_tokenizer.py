@@ -13,7 +13,9 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 gguf = pytest.importorskip("gguf")
 
-from minipeft import load_tokenizer  # noqa: E402
+from minipeft import load_tokenizer, save_model  # noqa: E402
+from minipeft.models.llama import Llama  # noqa: E402
+from minipeft.models.llama_config import LlamaConfig  # noqa: E402
 from minipeft.tokenizer import CUTS  # noqa: E402
 
 TEXT = "Größe 你好，世界 🎉👩‍💻 naïve\n\n  def f(x):\n\treturn x + 12  # it's\r\n"
@@ -50,6 +52,14 @@ def write_gguf(path, pre="smollm", model="gpt2", merges=("Ġ Ġ", "h i", "1 2", 
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_llama(folder, context):
+    """A directory with a random Llama of two layers and a tokenizer of bytes, which other files' tests use."""
+    tokenizer = load_tokenizer(write_gguf(folder / "vocabulary.gguf"))
+    config = LlamaConfig(tokenizer.vocab_size, 16, 32, 2, 2, max_position_embeddings=context, eos_token_id=2)
+    save_model(Llama(config, rng=0), folder / "model", tokenizer)
+    return str(folder / "model")
 
 
 @pytest.fixture
