@@ -535,7 +535,7 @@ def test_a_language_model_s_methods_are_ranked_by_the_questions_answered_with_th
     assert {"new", "name", "given,"} <= set(result.output.split())  # a narrow table breaks the heading into lines
     assert re.search(r"\([+-]\d+\.\d%\)", result.output)
     assert report["base"]["perplexity"] > 1
-    read = problem(Setting("self-cognition", str(tmp_path / "tiny"), steps=4, batch_size=6))
+    read = problem(Setting("self-cognition", model, steps=4, batch_size=6))
     assert report["base"]["test_loss"] == pytest.approx(
         adapt_language.held_out_loss(read.model(), read.examples["test"]), rel=1e-4
     )
