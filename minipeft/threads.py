@@ -14,7 +14,6 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +34,11 @@ def affinity() -> int:
 
 def usable_cpus() -> int:
     """Processors that this process gets: `taskset`'s and a container's share, not the whole machine's."""
-    quota = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": two processors' time; "max 100000": no limit
-    used, period = quota.read_text().split() if quota.exists() else ("max", "1")
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:  # "200000 100000": two processors' time; "max 100000": no limit
+            used, period = file.read().split()
+    except OSError:
+        used, period = "max", "1"
     return affinity() if used == "max" else max(1, min(affinity(), round(int(used) / int(period))))
 
 

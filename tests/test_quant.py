@@ -10,7 +10,7 @@ from references import quant_cases
 
 from minipeft import quant
 from minipeft.backend import to_numpy
-from minipeft.quant import blocks, codes, nf4
+from minipeft.quant import blocks, blockwise, codes, nf4
 from minipeft.tensor import Tensor
 
 FOUR_BIT = ("nf4", "fp4")
@@ -170,6 +170,15 @@ def test_long_arrays_worked_in_parts_give_what_the_blocks_give_alone(quant_type:
     rest = quantize(W[n - n % 64 :].copy(), 64) if n % 64 else None
     if rest:
         np.testing.assert_array_equal(quant.dequantize(whole)[n - n % 64 :], quant.dequantize(rest))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("n", [1, 2, 64, 65, 67, 1000, blocks.PART + 2, 9 * blocks.PART + 100])
+def test_two_bytes_at_a_time_give_what_one_byte_gives(xp, quant_type: str, n: int, monkeypatch: pytest.MonkeyPatch):
+    q = quant.double_quantize(quant.quantize(xp.asarray(quant_cases.weights("normal", (n,))), quant_type, 64))
+    one = to_numpy(quant.dequantize(q))
+    monkeypatch.setattr(blockwise, "MANY", 0)
+    assert same_bits(to_numpy(quant.dequantize(q)), one)
 
 
 @given(st.integers(0, 2**32), st.sampled_from(ALL_TYPES), st.sampled_from(blocks.BLOCKSIZES), st.integers(1, 5000))

@@ -183,14 +183,15 @@ def dequantize(q: QuantizedTensor, out: Array | None = None) -> Array:
         raise ValueError(f"out: got {out.shape} {out.dtype}; a contiguous array of {q.size} × {q.dtype} is accepted")
     absmax, table, bits, blocksize, n = block_maxima(q), q.table, bits_of(q.table), q.blocksize, q.size
     flat, full = out.reshape(-1), n - n % blocksize
-    quadruples = backend.move(_quadruples(q.quant_type), xp) if bits == 4 else None
+    count, index, element = (2, xp.uint16, xp.complex128) if n >= MANY else (1, xp.uint8, xp.float64)
+    numbers = backend.move(_numbers_of_bytes(q.quant_type, count), xp) if bits == 4 else None
 
     def dequantize_part(start: int, stop: int) -> None:
         part = flat[start:stop]
         packed = q.codes[start * bits // 8 : -(-stop * bits // 8)]
-        if bits == 4 and part.size % 4 == 0:
+        if bits == 4 and part.size % (2 * count) == 0:
             direct = part if part.dtype == xp.float32 else xp.empty(part.shape, xp.float32)
-            blocks.take(quadruples, packed.view(xp.uint16), direct.view(xp.complex128))
+            blocks.take(numbers, packed.view(index), direct.view(element))
         else:
             direct = table[unpack(packed, bits, stop - start)]
         scale = absmax[start // blocksize : -(-stop // blocksize), None]
@@ -212,27 +213,34 @@ def dequantize(q: QuantizedTensor, out: Array | None = None) -> Array:
     return out.reshape(q.shape)
 
 
-@cache
-def _quadruples(quant_type: str) -> np.ndarray:
-    """For every two bytes their four numbers, as one 16-byte element: a look-up for four numbers, and no shifts.
+MANY = 1 << 22  # numbers for which a table of 1 MiB pays
 
-    With two look-ups, in a table for single bytes, dequantizing took 1.2 times as long.
+
+@cache
+def _numbers_of_bytes(quant_type: str, count: int) -> np.ndarray:
+    """For every one or two bytes their two or four numbers, as one element: fewer look-ups, and no shifts.
+
+    Two bytes at a time take 0.8 of the time for 4096 × 4096 numbers. In a training step the products between two
+    weights of 576 × 1536 drive that table out of the cache, and it takes 1.5 of the time.
     """
     table = np.zeros(16, np.float32)
     known = table_of(quant_type)
     table[: len(known)] = known  # INT4 has 15 numbers
-    codes = unpack(np.arange(1 << 16, dtype=np.uint16).view(np.uint8), 4, 4 << 16)
-    return table[codes].view(np.complex128)
+    every = np.arange(256**count, dtype=f"uint{8 * count}").view(np.uint8)
+    return table[unpack(every, 4, 2 * every.size)].view(np.float64 if count == 1 else np.complex128).reshape(-1)
 
 
 def block_maxima(q: QuantizedTensor) -> Array:
     """The float32 block maxima that `dequantize` uses; of a double-quantized tensor table[code]·c₂ + offset."""
     if not q.nested:
         return q.absmax
-    xp = get_namespace(q.codes)
-    table = backend.move(table_of("dynamic"), xp)
-    scales = xp.repeat(q.nested_absmax, q.nested_blocksize)[: q.absmax.size]
-    return table[q.absmax] * scales + q.offset
+    xp, n = get_namespace(q.codes), q.absmax.size
+    maxima, full = xp.empty(n, xp.float32), n - n % q.nested_blocksize
+    blocks.take(backend.move(table_of("dynamic"), xp), q.absmax, maxima)
+    maxima[:full].reshape(-1, q.nested_blocksize)[...] *= q.nested_absmax[: full // q.nested_blocksize, None]
+    maxima[full:] *= q.nested_absmax[-1]
+    maxima += q.offset
+    return maxima
 
 
 def bits_per_parameter(q: QuantizedTensor) -> float:
