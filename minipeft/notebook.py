@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import ledger
+from . import companion, ledger
 from .plots import FIGURES, check_figures
 from .plots.style import drawing, png
 
@@ -54,12 +54,12 @@ def source(*objects: Any) -> Source:
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
-VERDICTS = {  # a sign, the Chinese word, and a colour that reads on white and on black
-    "confirmed": ("✓", "属实", "#009E73"),
-    "confirmed within limits": ("✓", "有条件地属实", "#2E86C1"),
-    "corrected": ("✎", "应更正", "#D55E00"),
-    "measured": ("∿", "实测", "#8C8C8C"),
-    "failed": ("✗", "不成立", "#CC3311"),
+MARKS = {  # a sign, and a colour that reads on white and on black
+    "confirmed": ("✓", "#009E73"),
+    "confirmed within limits": ("✓", "#2E86C1"),
+    "corrected": ("✎", "#D55E00"),
+    "measured": ("∿", "#8C8C8C"),
+    "failed": ("✗", "#CC3311"),
 }
 
 
@@ -68,12 +68,12 @@ class Verdicts(list[ledger.Verdict]):
 
     def _repr_html_(self) -> str:
         cell = "text-align:left;vertical-align:top;padding:.5em .8em"
-        rows = []
+        rows, statements = [], companion.contents()["claims"]
         for v in self:
-            sign, chinese, colour = VERDICTS[v.verdict]
-            verdict = f"<b style='color:{colour}'>{sign}&nbsp;{v.verdict}<br>{chinese}</b>"
-            claim = f"<code>{v.id}</code><br>{html.escape(v.statement)}"
-            cells = (claim, verdict, html.escape(v.found))
+            sign, colour = MARKS[v.verdict]
+            verdict = f"<b style='color:{colour}'>{sign}&nbsp;{v.verdict}<br>{companion.VERDICTS[v.verdict][0]}</b>"
+            claim = f"<code>{v.id}</code><br>{_both(v.statement, statements.get(v.id, {}).get('zh', ''))}"
+            cells = (claim, verdict, _both(v.found, v.found_zh))
             rows.append("<tr>" + "".join(f"<td style='{cell}'>{text}</td>" for text in cells) + "</tr>")
         names = ("the statement · 说法", "verdict · 判定", "what was found here · 本机结果")
         head = "".join(f"<th style='{cell}'>{name}</th>" for name in names)
@@ -81,6 +81,11 @@ class Verdicts(list[ledger.Verdict]):
 
     def __repr__(self) -> str:
         return "\n".join(f"{v.id}: {v.verdict}. {v.found}" for v in self)
+
+
+def _both(en: str, zh: str) -> str:
+    """A text in English, and below it in Chinese."""
+    return f"{html.escape(en)}<br><span lang='zh'>{html.escape(zh)}</span>"
 
 
 def verdicts(*names: str, full: bool = False) -> Verdicts:

@@ -278,7 +278,7 @@ def test_verdicts_show_themselves_as_a_table_and_as_text():
 
     found = verdicts("lora.row-column-rank")
     assert "<code>lora.row-column-rank</code>" in found._repr_html_()
-    assert "属实" in found._repr_html_()
+    assert all(text in found._repr_html_() for text in ("confirmed<br>证实", found[0].found_zh))
     assert repr(found).startswith("lora.row-column-rank: confirmed. ")
 
 
