@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import backend, ops
 from ..backend import Array, get_namespace
+from ..checks import check_choice, check_count
 from ..nn import Dropout, Linear, Module, Parameter
 from ..quant.linear import QuantizedLinear, QuantizedWeight
 from ..tensor import Tensor, multi_result
@@ -395,14 +396,13 @@ class LoraConfig:
         elif not isinstance(self.target_modules, str):
             self.target_modules = _names("target_modules", self.target_modules)
         self.modules_to_save = _names("modules_to_save", self.modules_to_save) if self.modules_to_save else None
-        self.r, self.lora_alpha = _rank("r", self.r), _alpha("lora_alpha", self.lora_alpha)
-        self.rank_pattern = _checked_pattern("rank_pattern", self.rank_pattern, _rank)
+        self.r, self.lora_alpha = check_count("r", self.r), _alpha("lora_alpha", self.lora_alpha)
+        self.rank_pattern = _checked_pattern("rank_pattern", self.rank_pattern, check_count)
         self.alpha_pattern = _checked_pattern("alpha_pattern", self.alpha_pattern, _alpha)
         if not isinstance(self.lora_dropout, int | float | np.number) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout: got {self.lora_dropout!r}; a probability in [0, 1) is accepted")
         self.lora_dropout = float(self.lora_dropout)
-        if self.bias not in BIASES:
-            raise ValueError(f"bias: got {self.bias!r}; accepted are {', '.join(map(repr, BIASES))}")
+        check_choice("bias", self.bias, BIASES)
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in (*INITS, "loftq", "lora_ga"):
             accepted = f"True, False, {', '.join(map(repr, INITS))}, 'loftq', 'lora_ga'"
             raise ValueError(f"init_lora_weights: got {self.init_lora_weights!r}; accepted are {accepted}")
@@ -417,8 +417,7 @@ class LoraConfig:
         if not isinstance(self.use_dora, bool):
             raise ValueError(f"use_dora: got {self.use_dora!r}; True and False are accepted")
         for name, accepted in _DORA_CHOICES.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; accepted are {', '.join(map(repr, accepted))}")
+            check_choice(name, getattr(self, name), accepted)
             if not self.use_dora and getattr(self, name) != accepted[0]:
                 raise ValueError(f"{name}: got {getattr(self, name)!r} without use_dora; use_dora=True is accepted")
 
@@ -488,10 +487,10 @@ class LoraConfig:
 
 # What use_dora offers beyond PEFT, the first as in PEFT; the file names only what differs from that
 _DORA_CHOICES = {"dora_magnitude": ("column", "scalar"), "dora_norm": ("constant", "graph")}
-# PEFT's fields that are set without changing what a LoRA adapter computes
 # PEFT's inits of which a saved adapter needs no more: they left W as it is, or ("lora_ga") changed it once and for all,
 # and the adapter is for the base that was saved then; no gradients are there to change it again
 _TRUE_WHEN_READ = ("eva", "orthogonal", "lora_ga")
+# PEFT's fields that are set without changing what a LoRA adapter computes
 _NO_EFFECT = {"auto_mapping", "megatron_core", "peft_version", "qalora_group_size", "revision"}
 
 
@@ -501,12 +500,6 @@ def _names(argument: str, names: Any) -> list[str]:
     if not listed or not all(isinstance(name, str) for name in listed):
         raise ValueError(f"{argument}: got {names!r}; a list of names is accepted")
     return sorted(set(listed))
-
-
-def _rank(argument: str, r: Any) -> int:
-    if not isinstance(r, int | np.integer) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"{argument}: got {r!r}; an int of at least 1 is accepted")
-    return int(r)
 
 
 def _alpha(argument: str, alpha: Any) -> float:
