@@ -18,8 +18,8 @@ def faster_kernel(cpuinfo: str | None = None) -> str | None:
     """The OpenBLAS kernel that is faster on this processor than the one OpenBLAS chooses; None if that is the best.
 
     AMD's Zen 4 (family 25 with AVX-512) has 256-bit units, which take a 512-bit operation in two halves. OpenBLAS
-    0.3.31 chooses its SkylakeX kernel there, for AVX-512. Haswell's took 0.77 of its time for a product of 1024 × 1024
-    on two threads, 0.8 for an SVD, and 0.92 for a LoRA step of a 135M-parameter model.
+    0.3.31 chooses its SkylakeX kernel there, for AVX-512. Haswell's takes 0.9 of its time for the large products of a
+    LoRA step of a 135M-parameter model, and 0.94 for the step.
 
     Args:
         cpuinfo: the text of /proc/cpuinfo; None reads it. There is none but on Linux.
