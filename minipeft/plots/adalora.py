@@ -85,7 +85,7 @@ def orthogonality() -> Figure:
         steps = 10 * np.arange(1, curves.shape[1] + 1)
         axes.plot(steps, curves.mean(axis=0), color=colour, ls=dashes, label=t(*name))
     axes.set(xlabel=t("step", "步"), ylabel="$\\|P^\\top P - I\\|_F$", yscale="log")
-    figure.legend(loc="outside upper center", ncols=3)
+    figure.legend(loc="outside upper center", ncols=fit(3, 2))
     return source(
         figure,
         "claim adalora.orthogonal: the largest over all modules, mean over seeds",
