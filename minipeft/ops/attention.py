@@ -60,6 +60,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """softmax(q kᵀ·scale + mask) v. Vaswani et al. 2017, eq. 1; grouped query heads: Ainslie et al. 2023.
 
+    With p = softmax(…), dp = g vᵀ and ds = p·(dp − Σ dp·p):  dq = ds k·scale,  dk = dsᵀ q·scale,  dv = pᵀ g; for dk and
+    dv summed over the heads that share them.
+
     Args:
         query: (B, H, T, d).
         key, value: (B, K, S, d) with H a multiple of K: H/K query heads share one key and value head.
@@ -98,12 +101,12 @@ def scaled_dot_product_attention(
         dq, dk, dv = (_zeros_by_token(xp, x) if need else None for x, need in zip((g, k, v), needs, strict=True))
         for (rows, seen), grouped, p in zip(blocks, scaled, weights, strict=True):
             dy = g[:, :, rows].reshape(batch, kv_heads, -1, d)
-            dp = backend.matmul(dy, v[:, :, :seen].swapaxes(-1, -2))  # (B, K, H/K·n, seen)
-            _softmax_backward(dp.reshape(-1, seen), p.reshape(-1, seen))
+            ds = backend.matmul(dy, v[:, :, :seen].swapaxes(-1, -2))  # dp, (B, K, H/K·n, seen)
+            _softmax_backward(ds.reshape(-1, seen), p.reshape(-1, seen))
             if dq is not None:
-                xp.multiply(backend.matmul(dp, k[:, :, :seen]).reshape(batch, heads, -1, d), scale, out=dq[:, :, rows])
+                xp.multiply(backend.matmul(ds, k[:, :, :seen]).reshape(batch, heads, -1, d), scale, out=dq[:, :, rows])
             if dk is not None:
-                dk[:, :, :seen] += backend.matmul(dp.swapaxes(-1, -2), grouped)
+                dk[:, :, :seen] += backend.matmul(ds.swapaxes(-1, -2), grouped)
             if dv is not None:
                 dv[:, :, :seen] += backend.matmul(p.swapaxes(-1, -2), dy)
         return dq, dk, dv

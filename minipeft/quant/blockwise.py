@@ -237,7 +237,8 @@ def block_maxima(q: QuantizedTensor) -> Array:
     xp, n = get_namespace(q.codes), q.absmax.size
     maxima, full = xp.empty(n, xp.float32), n - n % q.nested_blocksize
     blocks.take(backend.move(table_of("dynamic"), xp), q.absmax, maxima)
-    maxima[:full].reshape(-1, q.nested_blocksize)[...] *= q.nested_absmax[: full // q.nested_blocksize, None]
+    whole = maxima[:full].reshape(-1, q.nested_blocksize)
+    whole *= q.nested_absmax[: full // q.nested_blocksize, None]
     maxima[full:] *= q.nested_absmax[-1]
     maxima += q.offset
     return maxima
