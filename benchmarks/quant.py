@@ -12,6 +12,10 @@ import argparse
 import os
 from pathlib import Path
 
+# PyTorch's threads spin for some milliseconds after their work, and whatever is timed next shares its processors with
+# them: dequantizing here took 1.4 times as long right after bitsandbytes, whose own time is the same either way.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import minipeft  # noqa: F401  before NumPy: OpenBLAS chooses its kernel once, and minipeft may ask for a faster one
 
 # isort: split

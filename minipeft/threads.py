@@ -12,8 +12,9 @@ import contextlib
 import contextvars
 import functools
 import os
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -100,26 +101,28 @@ def side_by_side(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
 
 
 def run_all(parts: Sequence[Callable[[], None]]) -> None:
-    """Run the parts, none of which multiplies matrices, on all threads: each takes the next part that is left.
+    """Run the parts, none of which multiplies matrices, on all threads.
 
-    Inside a `side_by_side` the thread that asks takes all.
+    Each thread takes its own run of neighbours, then from the far end of what the others have left: fresh memory comes
+    in huge pages, and threads that meet in one both clear it. Inside a `side_by_side` the thread that asks takes all.
     """
     count = 1 if inside() else min(threads(), len(parts))
     if count < 2:
         for part in parts:
             part()
         return
-    left, lock = iter(parts), threading.Lock()
+    shares = [deque(parts[len(parts) * i // count : len(parts) * (i + 1) // count]) for i in range(count)]
 
-    def take() -> None:
-        while True:
-            with lock:
-                part = next(left, None)
-            if part is None:
-                return
-            part()
+    def take(own: int) -> None:
+        for share in (shares[own], *shares[own + 1 :], *shares[:own]):
+            while True:
+                try:  # a deque's own operations need no lock
+                    part = share.popleft() if share is shares[own] else share.pop()
+                except IndexError:
+                    break
+                part()
 
-    _at_once([take] * count)
+    _at_once([partial(take, i) for i in range(count)])
 
 
 def _at_once(tasks: Sequence[Callable[[], Any]]) -> list[Any]:

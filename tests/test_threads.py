@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import llama_cases as cases
 import numpy as np
@@ -44,6 +45,20 @@ def test_on_a_device_there_is_one_part():
     calls = []
     threads.in_parts(lambda start, stop: calls.append((start, stop)), 1 << 20, object(), 3)
     assert calls == [(0, 1 << 20)]
+
+
+@pytest.mark.parametrize(("count", "n"), [(1, 3), (2, 1), (2, 9), (3, 100), (5, 7)])
+def test_every_part_is_run_once(monkeypatch, count, n):
+    monkeypatch.setattr(threads, "threads", lambda: count)
+    seen = []
+    threads.run_all([partial(seen.append, i) for i in range(n)])
+    assert sorted(seen) == list(range(n))
+
+
+def test_an_index_error_in_a_part_is_no_end_of_the_parts(monkeypatch):
+    monkeypatch.setattr(threads, "threads", lambda: 2)
+    with pytest.raises(IndexError, match="pop from empty list"):
+        threads.run_all([[].pop, [].pop])
 
 
 def test_results_come_in_the_order_of_the_tasks_each_from_its_own_thread(two_threads):

@@ -198,16 +198,8 @@ def dequantize(q: QuantizedTensor, out: Array | None = None) -> Array:
         length = min(blocksize, stop - start)
         xp.multiply(direct.reshape(-1, length), scale, out=part.reshape(-1, length), casting="unsafe")
 
-    # Four parts' worth at a time stay in the cache until they are scaled: only `out` is written. A thread takes sixteen
-    # such runs in a row: fresh memory comes in huge pages, and two threads that met in one would both clear it, which
-    # cost a sixth of the time.
-    run = 4 * blocks.PART
-
-    def dequantize_runs(start: int, stop: int) -> None:
-        for first in range(start, stop, run):
-            dequantize_part(first, min(first + run, stop))
-
-    blocks.in_parts(dequantize_runs, full, xp, blocksize, 16 * run)
+    # Four parts' worth at a time stay in the cache until they are scaled: only `out` is written.
+    blocks.in_parts(dequantize_part, full, xp, blocksize, 4 * blocks.PART)
     if full < n:
         dequantize_part(full, n)
     return out.reshape(q.shape)
