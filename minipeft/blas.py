@@ -67,10 +67,20 @@ def openblas(name: str) -> Any:
     return next((getattr(library, s) for s in spellings if library is not None and hasattr(library, s)), None)
 
 
+def running_kernel() -> str | None:
+    """The name of the kernel that OpenBLAS runs, such as Haswell; None where it is another library."""
+    import ctypes  # imported here, as below: every `import minipeft` would pay for it
+
+    if name := openblas("openblas_get_corename"):
+        name.restype = ctypes.c_char_p
+        return name().decode()
+    return None
+
+
 @functools.cache
 def _library() -> Any:
     """The OpenBLAS file mapped into this process (Linux), else the one in NumPy's wheel, else None."""
-    import ctypes  # imported here, as the next: every `import minipeft` would pay for them
+    import ctypes
     from pathlib import Path
 
     maps = Path("/proc/self/maps")

@@ -6,7 +6,6 @@ price is the kernel that OpenBLAS chose. `report` measures and judges; `show` pr
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .blas import asked, faster_kernel, openblas
+from .blas import asked, faster_kernel, openblas, running_kernel
 from .threads import usable_cpus
 
 SETTINGS = (
@@ -83,10 +82,7 @@ def cpu_info(cpuinfo: str | None = None) -> tuple[str, frozenset[str]]:
 def find_blas() -> Blas:
     """NumPy's BLAS: name and version from its build, kernel and threads from the loaded OpenBLAS itself."""
     built = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    blas = Blas(built.get("name", "unknown"), built.get("version", "unknown"))
-    if corename := openblas("openblas_get_corename"):
-        corename.restype = ctypes.c_char_p
-        blas.kernel = corename().decode()
+    blas = Blas(built.get("name", "unknown"), built.get("version", "unknown"), running_kernel())
     if get_threads := openblas("openblas_get_num_threads"):
         blas.threads = int(get_threads())
     blas.set_threads = openblas("openblas_set_num_threads")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import backend, files
+from . import backend, blas, files, threads
 from .methods.base import Method
 from .module import Module, assign
 from .optimizer import Optimizer
@@ -50,6 +51,11 @@ def identity_of(model: Module, trained: dict[str, Any], optimizer: Optimizer) ->
     return {"optimizer": type(optimizer).__name__, "frozen weights": f"{digest:08x}"}
 
 
+def _arithmetic() -> str:
+    """What the last bits of a product depend on, besides the numbers."""
+    return f"NumPy {np.__version__}, BLAS kernel {blas.running_kernel()}, {threads.threads()} threads"
+
+
 def save_run(
     path: Path,
     step: int,
@@ -68,7 +74,8 @@ def save_run(
         tensors[f"history.{name}"] = np.array(getattr(history, name), dtype=np.float64)
     states = {name: rng.bit_generator.state for name, rng in _generators(model).items()}
     generators = json.dumps(states, default=np.ndarray.tolist)  # some generators keep arrays
-    files.write_tensors(path, tensors, {"step": str(step), "generators": generators, **identity})
+    metadata = {"step": str(step), "generators": generators, "arithmetic": _arithmetic(), **identity}
+    files.write_tensors(path, tensors, metadata)
 
 
 def load_run(
@@ -81,7 +88,10 @@ def load_run(
     steps: int,
     method: Method,
 ) -> int:
-    """Take over a checkpoint, after checking that it is this run's; returns how many steps it has done."""
+    """Take over a checkpoint, after checking that it is this run's; returns how many steps it has done.
+
+    Warns where the products of the steps to come may round differently from those that were done.
+    """
     tensors, metadata = files.read_tensors(path)
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "history": {}, "method": {}}
     for key, array in tensors.items():
@@ -106,6 +116,13 @@ def load_run(
         )
     if done > steps:
         raise ValueError(f"steps: got {steps}; the checkpoint {path} has done {done} already")
+    arithmetic = metadata.get("arithmetic", _arithmetic())
+    if arithmetic != _arithmetic():
+        warnings.warn(
+            f"{path}: written with {arithmetic}; going on with {_arithmetic()}: the last bits may differ from those of "
+            "a run never stopped",
+            stacklevel=3,
+        )
     method.load_state_dict(parts["method"])
     optimizer.load_state_dict(parts["optimizer"])
     for name, p in trained.items():

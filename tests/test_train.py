@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, safe_open, save_file
 
-from minipeft import LoraConfig, PeftModel, Tensor, fit, get_peft_model, nn, ops, optim
+from minipeft import LoraConfig, PeftModel, Tensor, blas, fit, get_peft_model, nn, ops, optim
 from minipeft.data import digits
 from minipeft.methods.base import Method
 from minipeft.models import MLP
@@ -581,6 +581,14 @@ def test_the_checkpoint_of_another_run_is_refused_and_nothing_is_touched(other, 
         run(model, batches_of(8), 5, optimizer=optimizer(model), checkpoint_dir=tmp_path, resume=True)
     assert fingerprint(model) == before
     assert files_of(tmp_path) == files
+
+
+def test_another_kernel_gives_a_warning_and_the_run_goes_on(tmp_path, monkeypatch):
+    run(mlp(), batches_of(8), 3, checkpoint_dir=tmp_path)
+    monkeypatch.setattr(blas, "running_kernel", lambda: "Prescott")
+    with pytest.warns(UserWarning, match="going on with .* kernel Prescott, .*: the last bits may differ"):
+        history = run(mlp(), batches_of(8), 5, checkpoint_dir=tmp_path, resume=True)
+    assert len(history.loss) == 5
 
 
 def test_fewer_steps_than_the_checkpoint_has_done_are_refused(tmp_path):
