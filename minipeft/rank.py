@@ -5,20 +5,24 @@ W is any real matrix (m, n); U diag(S) Vᵀ its singular value decomposition wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from .backend import Array, get_namespace, to_numpy
+from .backend import Array, get_namespace, is_float, to_numpy
 
 
 def _matrix(W: Array) -> Array:
+    """W, in float32 where it is in half precision, which LAPACK does not have."""
     if getattr(W, "ndim", None) != 2 or not W.size:
         kind = f"shape {W.shape}" if hasattr(W, "shape") else type(W).__name__
         raise ValueError(f"W: expected a matrix, an array with two axes and at least one element, got {kind}")
-    return W
+    if not is_float(W.dtype) and W.dtype.kind not in "biu":
+        raise TypeError(f"W: expected real numbers, got dtype {W.dtype}")
+    if not bool(get_namespace(W).isfinite(W).all()):  # LAPACK fails on NaN, and answers infinity with NaN
+        raise ValueError("W: it has numbers that are not finite")
+    return W.astype(np.float32) if W.dtype.itemsize == 2 and is_float(W.dtype) else W
 
 
 def _check_rank(r: int, W: Array) -> None:
@@ -36,12 +40,15 @@ def truncated_svd(W: Array, r: int) -> tuple[Array, Array, Array]:
         r: 1 to min(m, n).
 
     Returns:
-        U (m, r), S (r,) in falling order, Vt (r, n). U and Vt have orthonormal columns and rows.
+        U (m, r), S (r,) in falling order, Vt (r, n). U and Vt have orthonormal columns and rows. In W's dtype; float32
+        for half precision, float64 for integers.
 
     Raises:
-        ValueError: W is not a matrix, or r is out of range.
+        ValueError: W is not a matrix or not finite, or r is out of range.
+        TypeError: W holds no real numbers, or r is no int.
     """
-    _check_rank(r, _matrix(W))
+    W = _matrix(W)
+    _check_rank(r, W)
     U, S, Vt = get_namespace(W).linalg.svd(W, full_matrices=False)
     return U[:, :r], S[:r], Vt[:r]
 
@@ -65,7 +72,8 @@ def matrix_rank(W: Array, tol: float | None = None) -> int:
 
 def singular_values(W: Array) -> Array:
     """S of W, (min(m, n),), in falling order."""
-    return get_namespace(_matrix(W)).linalg.svd(W, compute_uv=False)
+    W = _matrix(W)
+    return get_namespace(W).linalg.svd(W, compute_uv=False)
 
 
 def row_rank_exact(M: Any) -> int:
@@ -73,6 +81,7 @@ def row_rank_exact(M: Any) -> int:
 
     Raises:
         TypeError: an entry is a float: it has no exact rank (convert with Fraction if its very bits are meant).
+        ValueError: M is no matrix.
     """
     rows = _fractions(M)
     rank = 0
@@ -94,8 +103,8 @@ def column_rank_exact(M: Any) -> int:
 
 
 def _fractions(M: Any) -> list[list[Fraction]]:
-    rows: Sequence[Any] = to_numpy(M).tolist() if hasattr(M, "ndim") else list(M)
-    rows = [list(row) if hasattr(row, "__iter__") else row for row in rows]
+    rows: Any = to_numpy(M).tolist() if hasattr(M, "ndim") else M
+    rows = [list(row) if hasattr(row, "__iter__") else row for row in rows] if hasattr(rows, "__iter__") else [rows]
     if any(not isinstance(row, list) for row in rows) or len({len(row) for row in rows}) > 1:
         raise ValueError("M: expected a matrix, rows of one length")
     for row in rows:
@@ -111,11 +120,10 @@ def effective_rank(W: Array) -> float:
     0 for a matrix of zeros.
     """
     S = singular_values(W)
-    total = float(S.sum())
-    if total == 0:
+    if float(S[0]) == 0:
         return 0.0
-    p = S / total
-    p = p[p > 0]
+    p = S / S[0]  # divided first: the sum itself may leave the dtype's range
+    p = p[p > 0] / p.sum()
     return float(np.exp(-float((p * get_namespace(p).log(p)).sum())))
 
 

@@ -106,6 +106,9 @@ def test_exact_rank_of_a_device_array(xp):
         ([[1, 2], [3]], ValueError, "rows of one length"),
         ([1, 2], ValueError, "expected a matrix"),
         (np.array([1, 2]), ValueError, "expected a matrix"),
+        (np.array(3), ValueError, "expected a matrix"),
+        (5, ValueError, "expected a matrix"),
+        (None, ValueError, "expected a matrix"),
         (np.ones((1, 1, 1), dtype=int), TypeError, "list"),
     ],
 )
@@ -263,6 +266,15 @@ def test_energy_of_zeros_is_one_and_scale_does_not_matter():
         assert rank.energy(W * scale, 2) == pytest.approx(rank.energy(W, 2), rel=1e-10)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_dtypes_that_lapack_does_not_have_are_widened(dtype):
+    W = (8 * gaussian(6, 4)).astype(dtype)
+    exact = W.astype("float64")
+    assert rank.effective_rank(W) == pytest.approx(rank.effective_rank(exact), rel=1e-5)
+    assert rank.matrix_rank(W) == 4
+    np.testing.assert_allclose(rank.best_rank_r(W, 2), rank.best_rank_r(exact, 2), atol=1e-4)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -296,3 +308,13 @@ def test_a_rank_that_is_no_integer_is_refused(function, r):
 def test_what_is_no_matrix_is_refused(function, W):
     with pytest.raises(ValueError, match="W: expected a matrix"):
         function(W)
+
+
+@pytest.mark.parametrize("function", [lambda W: rank.best_rank_r(W, 1), rank.matrix_rank, rank.effective_rank])
+def test_numbers_that_are_not_finite_or_not_real_are_refused(function):
+    for value in (np.inf, np.nan):  # LAPACK's singular values of a matrix with infinity are NaN: a rank of 0
+        with pytest.raises(ValueError, match="W: it has numbers that are not finite"):
+            function(np.array([[1.0, value], [2.0, 3.0]]))
+    for W in (np.eye(2, dtype=complex), np.array([["a"]])):
+        with pytest.raises(TypeError, match="W: expected real numbers, got dtype"):
+            function(W)
