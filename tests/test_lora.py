@@ -55,10 +55,21 @@ def test_rslora_keeps_the_size_of_an_update_as_the_rank_grows():
     assert sizes[False][0] / sizes[False][2] == pytest.approx(4, rel=0.3)  # √(64/4)
 
 
-@pytest.mark.parametrize("r", [0, -3])
-def test_scaling_refuses_a_rank_below_one(r):
-    with pytest.raises(ValueError, match=f"r: got {r}"):
-        lora_scaling(8, r)
+@pytest.mark.parametrize(
+    ("alpha", "r", "words"),
+    [
+        (8, 0, "r: got 0"),
+        (8, -3, "r: got -3"),
+        (8, 2.5, "r: got 2.5; an int of at least 1"),
+        (8, "4", "r: got '4'"),
+        (0, 4, "alpha: got 0; a positive number"),
+        ("8", 4, "alpha: got '8'"),
+        (math.nan, 4, "alpha: got nan"),
+    ],
+)
+def test_scaling_refuses_what_is_no_rank_or_no_alpha(alpha, r, words):
+    with pytest.raises(ValueError, match=words):
+        lora_scaling(alpha, r)
 
 
 @pytest.mark.parametrize("scaling", [2.0, np.float64(2.0), np.float32(2.0), 2])
@@ -124,9 +135,11 @@ def test_merging_leaves_its_arguments_as_they_were():
     [
         (lambda: lora_delta(gaussian(2, 5), gaussian(4, 3), 1.0), r"\(2, 5\) and \(4, 3\)"),
         (lambda: lora_delta(gaussian(2), gaussian(4, 2), 1.0), "A \\(r, in\\)"),
-        (lambda: merge_lora(gaussian(5, 4), gaussian(2, 5), gaussian(4, 2), 1.0), r"W: got shape \(5, 4\)"),
-        (lambda: merge_lora(gaussian(1, 5), gaussian(2, 5), gaussian(4, 2), 1.0), "W: got shape"),  # would broadcast
-        (lambda: unmerge_lora(gaussian(5), gaussian(2, 5), gaussian(4, 2), 1.0), "W: got shape"),
+        (lambda: merge_lora(gaussian(5, 4), gaussian(2, 5), gaussian(4, 2), 1.0), r"W: got \(5, 4\)"),
+        (lambda: merge_lora(gaussian(1, 5), gaussian(2, 5), gaussian(4, 2), 1.0), r"W: got \("),  # would broadcast
+        (lambda: unmerge_lora(gaussian(5), gaussian(2, 5), gaussian(4, 2), 1.0), r"W: got \("),
+        (lambda: lora_delta([[1.0]], gaussian(4, 1), 1.0), r"got list and \(4, 1\)"),
+        (lambda: merge_lora([[1.0]], gaussian(2, 5), gaussian(4, 2), 1.0), "W: got list"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(call, words):
@@ -148,6 +161,15 @@ def test_every_init_has_the_shapes_and_dtype_asked_for(xp, init, dtype):
 
 def test_inits_take_the_default_dtype():
     assert init_lora(3, 3, 1, rng=0)[0].dtype == "float32"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_inits_from_a_weight_take_its_dtype(init, dtype):
+    W = gaussian(5, 7, dtype=dtype)
+    A, B = init_lora(5, 7, 5, init, W=W)
+    assert A.dtype == B.dtype == dtype
+    np.testing.assert_allclose(B @ A, W, atol=100 * eps(dtype))  # at full rank: the whole W
 
 
 def _p_value_of_normal(sample, sigma):
@@ -239,7 +261,10 @@ def test_inits_from_a_half_precision_weight_are_computed_in_float32(init):
         ((4, 6, True), TypeError, "r: expected an int"),
         ((4, 6, 2, "xavier"), ValueError, "init: got 'xavier'; accepted are 'kaiming', 'gaussian'"),
         ((4, 6, 2, "pissa"), ValueError, r"W: init 'pissa' needs the weight \(4, 6\)"),
+        ((4, 6, 2, "pissa", 0, None, [[1.0]]), ValueError, "got list"),
+        ((4, 6, 2, "pissa", 0, None, np.ones((4, 6)), 0.0), ValueError, "scaling: got 0.0; a positive number"),
         ((4, 6, 2, "gaussian", "seed"), TypeError, "rng: expected"),
+        ((4, 6, 2, "gaussian", 0, "int32"), TypeError, "dtype: got int32; float32"),
     ],
 )
 def test_init_refuses_what_it_cannot_make(arguments, error, words):

@@ -30,15 +30,17 @@ def lora_scaling(alpha: float, r: int, rslora: bool = False) -> float:
     """s = α/r (Hu et al. 2021, section 4.1), or α/√r (rank-stabilized: Kalajdzievski 2023, eq. 8).
 
     With α/r an update of rank r shrinks as r grows; with α/√r its size does not depend on r.
+
+    Raises:
+        ValueError: α is no positive number, or r no int of at least 1.
     """
-    if r < 1:
-        raise ValueError(f"r: got {r}; at least 1 is accepted")
+    alpha, r = _positive("alpha", alpha), check_count("r", r)
     return float(alpha / (r**0.5 if rslora else r))  # a NumPy number would turn float32 products into float64
 
 
 def lora_delta(A: Array, B: Array, scaling: float) -> Array:
     """ΔW = s·B A for A (r, in) and B (out, r): (out, in), of rank at most r. Hu et al. 2021, eq. 3."""
-    _check_factors(A, B)
+    check_factors(A, B)
     return float(scaling) * backend.matmul(B, A)
 
 
@@ -57,14 +59,20 @@ def unmerge_lora(W: Array, A: Array, B: Array, scaling: float) -> Array:
 
 def _add_delta(W: Array, A: Array, B: Array, scaling: float) -> Array:
     delta = lora_delta(A, B, scaling)
-    if delta.shape != W.shape:
-        raise ValueError(f"W: got shape {W.shape}; A {A.shape} and B {B.shape} make {delta.shape}")
+    if getattr(W, "shape", None) != delta.shape:
+        raise ValueError(f"W: got {shape_or_type(W)}; A {A.shape} and B {B.shape} make {delta.shape}")
     return (W + delta).astype(W.dtype, copy=False)
 
 
-def _check_factors(A: Array, B: Array) -> None:
-    if A.ndim != 2 or B.ndim != 2 or B.shape[1] != A.shape[0]:
-        raise ValueError(f"A (r, in) and B (out, r): got {A.shape} and {B.shape}, whose r differ")
+def check_factors(A: Array, B: Array) -> None:
+    """Raise ValueError unless A and B are matrices (r, in) and (out, r)."""
+    if getattr(A, "ndim", None) != 2 or getattr(B, "ndim", None) != 2 or B.shape[1] != A.shape[0]:
+        raise ValueError(f"A (r, in) and B (out, r): got {shape_or_type(A)} and {shape_or_type(B)}")
+
+
+def shape_or_type(x: Any) -> Any:
+    """For messages: (2, 3), or the name of the type of what is no array."""
+    return getattr(x, "shape", type(x).__name__)
 
 
 INITS = ("kaiming", "gaussian", "gaussian_b", "both", "pissa", "olora")
@@ -92,19 +100,26 @@ def init_lora(
     | `"pissa"`      | √(S_r/s) V_rᵀ            | U_r √(S_r/s) | W's first r singular directions: Meng 2024    |
     | `"olora"`      | R's first r rows         | Q's columns  | W = Q R: Büyükakyüz 2024                      |
 
-    For the last three the caller subtracts s·B A from W; `"pissa"` and `"olora"` take that W (and `scaling`, s).
+    For the last three the caller subtracts s·B A from W; `"pissa"` and `"olora"` take that W (and `scaling`, s), and
+    its dtype where none is given.
 
     Raises:
-        ValueError: r outside 1 … min(out, in), an unknown init, or W missing.
+        ValueError: r outside 1 … min(out, in), an unknown init, W missing, or a scaling that is not positive.
+        TypeError: r is no int, or dtype not one of floats.
     """
     check_r("r", r, out_features, in_features)
-    dtype = np.dtype(dtype or backend.get_default_dtype())
+    if dtype is not None and not backend.is_float(dtype):
+        raise TypeError(f"dtype: got {np.dtype(dtype)}; float32, float64 and half precision are accepted")
     if init in ("pissa", "olora"):
-        if W is None or W.shape != (out_features, in_features):
-            raise ValueError(f"W: init {init!r} needs the weight ({out_features}, {in_features}), got {np.shape(W)}")
+        if getattr(W, "shape", None) != (out_features, in_features):
+            raise ValueError(
+                f"W: init {init!r} needs the weight ({out_features}, {in_features}), got {shape_or_type(W)}"
+            )
         W = W if W.dtype in (np.float32, np.float64) else W.astype(np.float32)  # LAPACK has no half precision
-        A, B = _pissa(W, r, scaling) if init == "pissa" else _olora(W, r)
+        A, B = _pissa(W, r, _positive("scaling", scaling)) if init == "pissa" else _olora(W, r)
+        dtype = W.dtype if dtype is None else dtype
         return A.astype(dtype), B.astype(dtype)
+    dtype = np.dtype(dtype or backend.get_default_dtype())
     rng = backend.generator(rng)
     gaussian = lambda *shape: (rng.standard_normal(shape) / r).astype(dtype)  # noqa: E731
     zeros = lambda *shape: np.zeros(shape, dtype)  # noqa: E731
@@ -396,9 +411,9 @@ class LoraConfig:
         elif not isinstance(self.target_modules, str):
             self.target_modules = _names("target_modules", self.target_modules)
         self.modules_to_save = _names("modules_to_save", self.modules_to_save) if self.modules_to_save else None
-        self.r, self.lora_alpha = check_count("r", self.r), _alpha("lora_alpha", self.lora_alpha)
+        self.r, self.lora_alpha = check_count("r", self.r), _positive("lora_alpha", self.lora_alpha)
         self.rank_pattern = _checked_pattern("rank_pattern", self.rank_pattern, check_count)
-        self.alpha_pattern = _checked_pattern("alpha_pattern", self.alpha_pattern, _alpha)
+        self.alpha_pattern = _checked_pattern("alpha_pattern", self.alpha_pattern, _positive)
         if not isinstance(self.lora_dropout, int | float | np.number) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout: got {self.lora_dropout!r}; a probability in [0, 1) is accepted")
         self.lora_dropout = float(self.lora_dropout)
@@ -502,10 +517,10 @@ def _names(argument: str, names: Any) -> list[str]:
     return sorted(set(listed))
 
 
-def _alpha(argument: str, alpha: Any) -> float:
-    if not isinstance(alpha, int | float | np.number) or not 0 < alpha < float("inf"):
-        raise ValueError(f"{argument}: got {alpha!r}; a positive number is accepted")
-    return alpha if isinstance(alpha, int) else float(alpha)
+def _positive(argument: str, value: Any) -> float:
+    if not isinstance(value, int | float | np.number) or not 0 < value < float("inf"):
+        raise ValueError(f"{argument}: got {value!r}; a positive number is accepted")
+    return value if isinstance(value, int) else float(value)
 
 
 def _checked_pattern(argument: str, pattern: Any, check: Callable[[str, Any], Any]) -> dict[str, Any]:
