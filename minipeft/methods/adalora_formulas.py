@@ -18,6 +18,7 @@ from ..backend import Array, get_namespace, matmul
 from ..checks import check_count
 from ..nn import Parameter
 from ..tensor import Tensor, joint_result
+from .lora import shape_or_type
 
 # --- the update and its orthogonal factors ----------------------------------------------------------------------------
 
@@ -34,7 +35,8 @@ def adalora_delta(P: Array, lam: Array, Q: Array) -> Array:
 
 def orthogonality_penalty(P: Array, Q: Array) -> Array:
     """R = ‖PᵀP − I‖_F² + ‖QQᵀ − I‖_F² for P (out, r), Q (r, in): one number. Zhang et al. 2023, eq. 4."""
-    _check_triplets(P, P[0], Q)
+    if getattr(P, "ndim", None) != 2 or getattr(Q, "ndim", None) != 2 or P.shape[1] != Q.shape[0]:
+        raise ValueError(f"P (out, r) and Q (r, in): got {shape_or_type(P)} and {shape_or_type(Q)}")
     return sum((M * M).sum() for M in (_gram_minus_one(P.T), _gram_minus_one(Q)))
 
 
@@ -66,13 +68,14 @@ def orthonormalize(P: Array) -> Array:
     """P (out, r) with orthonormal columns: Gram–Schmidt, so that the first i columns span what P's first i spanned.
 
     It is the Q of P = QR with a positive diagonal of R, which Householder reflections give without Gram–Schmidt's loss
-    of orthogonality. The document projects P and Q so after each step; the paper has the penalty instead.
+    of orthogonality; a column that depends on those before it becomes some direction orthogonal to all others. The
+    document projects P and Q so after each step; the paper has the penalty instead.
 
     Raises:
         ValueError: more columns than rows cannot be orthonormal.
     """
-    if P.ndim != 2 or P.shape[0] < P.shape[1]:
-        raise ValueError(f"P: got shape {P.shape}; a matrix (out, r) with r ≤ out is accepted")
+    if getattr(P, "ndim", None) != 2 or P.shape[0] < P.shape[1]:
+        raise ValueError(f"P: got {shape_or_type(P)}; a matrix (out, r) with r ≤ out is accepted")
     xp = get_namespace(P)
     basis, R = xp.linalg.qr(P)
     return basis * xp.where(xp.diagonal(R) < 0, -1, 1).astype(P.dtype)
@@ -133,8 +136,8 @@ def importance_sensitivity(
     _check_fraction("beta2", beta2)
     pairs = (("P", P, gP), ("lam", lam, glam), ("Q", Q, gQ))
     for name, w, g in pairs:
-        if g.shape != w.shape:
-            raise ValueError(f"g{name}: got shape {g.shape}; that of {name}, {w.shape}, is accepted")
+        if getattr(g, "shape", None) != w.shape:
+            raise ValueError(f"g{name}: got {shape_or_type(g)}; the shape of {name}, {w.shape}, is accepted")
     if state is None:
         state = tuple(Averages.before(w) for _, w, _ in pairs)
     else:
@@ -174,13 +177,16 @@ def rank_budget(step: int, *, total_step: int, tinit: int, tfinal: int, init_bud
              = b_T + (b₀ − b_T)·(1 − (t − tᵢ)/(T − t_f − tᵢ))³        tᵢ < t ≤ T − t_f   a cubic down to the target
              = b_T                                                    t > T − t_f      ranks are settled
 
-    rounded down (as PEFT does).
+    rounded down (as PEFT does). The paper prints t − tᵢ − t_f for t − tᵢ: it would begin above b₀, and jump to b_T at
+    the end. The authors' code and PEFT have t − tᵢ.
 
     Raises:
-        ValueError: tinit + tfinal leaves no step to prune in, or the target is above the start.
+        ValueError: tinit + tfinal leaves no step to prune in, the target is above the start, or a number is no int.
     """
+    check_count("step", step, least=0)
     _check_schedule(total_step, tinit, tfinal)
-    if not 0 <= target_budget <= init_budget:
+    check_count("init_budget", init_budget, least=0)
+    if check_count("target_budget", target_budget, least=0) > init_budget:
         raise ValueError(f"target_budget: got {target_budget}; 0 to init_budget, {init_budget}, is accepted")
     if step <= tinit:
         return int(init_budget)
@@ -206,8 +212,10 @@ def kept_directions(scores: Sequence[Array], budget: int) -> list[Array]:
 
 
 def _check_triplets(P: Array, lam: Array, Q: Array) -> None:
-    if P.ndim != 2 or Q.ndim != 2 or lam.shape != (P.shape[1],) or Q.shape[0] != P.shape[1]:
-        raise ValueError(f"P (out, r), λ (r,) and Q (r, in): got {P.shape}, {lam.shape} and {Q.shape}")
+    r = P.shape[1:] if getattr(P, "ndim", None) == 2 else None
+    if r is None or getattr(Q, "ndim", None) != 2 or getattr(lam, "shape", None) != r or Q.shape[:1] != r:
+        got = f"{shape_or_type(P)}, {shape_or_type(lam)} and {shape_or_type(Q)}"
+        raise ValueError(f"P (out, r), λ (r,) and Q (r, in): got {got}")
 
 
 def _check_fraction(name: str, value: Any) -> None:
