@@ -154,14 +154,19 @@ def test_the_decomposition_tells_longer_from_turned():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: dora_magnitude(gaussian(3)), r"W: got shape \(3,\)"),
+        (lambda: dora_magnitude(gaussian(3)), r"W: got \(3,\); a matrix"),
         (lambda: dora_magnitude(gaussian(3, 2), "row"), "kind: got 'row'; accepted are 'column', 'scalar'"),
-        (lambda: dora_weight(*factors(), gaussian(5), 1.0), r"m: got shape \(5,\); \(6,\), one for each output"),
+        (lambda: dora_weight(*factors(), gaussian(5), 1.0), r"m: got \(5,\); \(6,\), one for each output"),
         (lambda: dora_norm(gaussian(6, 4), *factors()[1:], 1.0), r"A \(r, in\).*W \(out, in\) is \(6, 4\)"),
         (lambda: dora_weight(gaussian(1, 5), *factors()[1:], gaussian(1), 1.0), "A \\(r, in\\)"),
-        (lambda: dora_gradients(gaussian(3, 2), gaussian(3), gaussian(2, 3)), r"G: got shape \(2, 3\)"),
+        (
+            lambda: dora_gradients(gaussian(3, 2), gaussian(3), gaussian(2, 3)),
+            r"G: got \(2, 3\); the shape of V, \(3, 2\)",
+        ),
         (lambda: dora_gradients(gaussian(3, 2), gaussian(3), gaussian(3, 2), "none"), "norm: got 'none'"),
-        (lambda: weight_decomposition(gaussian(3, 2), gaussian(2, 3)), r"W1: got shape \(2, 3\)"),
+        (lambda: weight_decomposition(gaussian(3, 2), gaussian(2, 3)), r"W1: got \(2, 3\); the shape of W0, \(3, 2\)"),
+        (lambda: dora_magnitude([[1.0]]), "W: got list; a matrix"),
+        (lambda: dora_weight(*factors(), 1.0, 1.0), "m: got float"),
     ],
 )
 def test_bad_input_is_named(call, words):
@@ -287,7 +292,7 @@ def test_a_weight_held_as_codes_gives_what_its_dequantized_weight_gives(norm):
         (0, (3, 5), r"dora_linear: x \(3, 5\)"),
         (3, (2, 3), "A \\(r, in\\)"),
         (4, (4, 2), "B \\(out, r\\)"),
-        (5, (4,), r"m: got shape \(4,\)"),
+        (5, (4,), r"m: got \(4,\)"),
     ],
 )
 def test_the_fused_operation_names_shapes_that_do_not_fit(position, shape, words):

@@ -161,6 +161,20 @@ def test_alignment_is_zero_where_nothing_moves():
     assert gradient_alignment(0 * G, gaussian(2, 6), B, 1.0) == 0
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_the_alignment_does_not_depend_on_the_gradients_size(size):
+    """Its squares leave float32's range, which would make the cosine 0 or the bound NaN."""
+    G = gaussian(6, 8)
+    small = (size * G).astype("float32")
+    A, B = lora_ga_init(small, 2, scaling=1.0, scale="paper")
+    assert gradient_alignment(small, A, B, 1.0) == pytest.approx(alignment_bound(G, 2), rel=1e-6)
+    assert alignment_bound(small, 2) == pytest.approx(alignment_bound(G, 2), rel=1e-6)
+
+
+def test_the_bound_of_a_gradient_of_zero_is_one():
+    assert alignment_bound(np.zeros((4, 6), "float32"), 1) == 1
+
+
 def test_a_gradient_of_zero_gives_a_start_that_changes_nothing():
     for scale in SCALES[:-1]:
         A, B = lora_ga_init(np.zeros((6, 8)), 2, scaling=1.0, scale=scale, W=np.ones((6, 8)))
@@ -191,6 +205,8 @@ def test_the_formulas_run_on_every_array_library_and_keep_dtypes(xp, direction, 
         ({"G": np.ones(3)}, r"^G: expected a matrix of floats \(out, in\), got \(3,\)"),
         ({"G": np.ones((4, 4), int)}, "^G: expected a matrix of floats"),
         ({"G": [[1.0]]}, "^G: expected a matrix of floats"),
+        ({"G": np.ones((4, 4), int)}, "got dtype int64"),
+        ({"scaling": "1"}, "^scaling: got '1'"),
         ({"G": np.full((4, 4), np.nan)}, "^G: it has numbers that are not finite"),
         ({"r": 0}, r"^r: got 0; .* \(6, 8\), so 1 to 3 is accepted"),
         ({"r": 4}, "^r: got 4"),
@@ -199,7 +215,7 @@ def test_the_formulas_run_on_every_array_library_and_keep_dtypes(xp, direction, 
         ({"gamma": -1}, "^gamma: got -1"),
         ({"direction": "ArB"}, "^direction: got 'ArB'; accepted are 'ArBr', 'A2rBr', 'ArB2r', 'random'"),
         ({"scale": "big"}, "^scale: got 'big'; accepted are 'stable', 'weight_svd', 'gd_scale', 'unit', 'paper'"),
-        ({"scale": "weight_svd"}, r"^W: scale 'weight_svd' needs the weight \(6, 8\), got \(\)"),
+        ({"scale": "weight_svd"}, r"^W: scale 'weight_svd' needs the weight \(6, 8\), got NoneType"),
         ({"scale": "weight_svd", "W": np.ones((8, 6))}, r"^W: .* got \(8, 6\)"),
     ],
 )
@@ -243,8 +259,12 @@ def test_other_formulas_say_what_they_do_not_take():
         lora_ga_init(gaussian(6, 8), 2.0, scaling=1.0)
     with pytest.raises(ValueError, match=r"^G \(out, in\), A \(r, in\), B \(out, r\): got"):
         gradient_alignment(gaussian(6, 8), gaussian(2, 6), gaussian(8, 2), 1.0)
+    with pytest.raises(ValueError, match=r"^A \(r, in\) and B \(out, r\): got list and"):
+        gradient_alignment(gaussian(6, 8), [[1.0]], gaussian(8, 2), 1.0)
     with pytest.raises(ValueError, match=r"^r: got 4"):
         alignment_bound(gaussian(6, 8), 4)
+    with pytest.raises(ValueError, match=r"^G: expected a matrix of floats \(out, in\), got \(6,\)"):
+        alignment_bound(gaussian(6), 1)
     with pytest.raises(ValueError, match=r"^k: got 7; 1 to 6 is accepted for a matrix \(6, 8\)"):
         leading_singular_vectors(gaussian(6, 8), 7)
 

@@ -233,13 +233,13 @@ def call(A=(2, 5), B=(4, 2), gA=(2, 5), gB=(4, 2), scaling=1.0, dtype="float64",
     [
         ({"B": (4, 3)}, ValueError, r"\(2, 5\) and \(4, 3\)"),
         ({"A": (5,)}, ValueError, r"A \(r, in\)"),
-        ({"gA": (2, 4)}, ValueError, r"gA: got shape \(2, 4\); that of A, \(2, 5\)"),
-        ({"gB": (2, 4)}, ValueError, r"gB: got shape \(2, 4\)"),
+        ({"gA": (2, 4)}, ValueError, r"gA: got \(2, 4\); the shape of A, \(2, 5\)"),
+        ({"gB": (2, 4)}, ValueError, r"gB: got \(2, 4\)"),
         ({"scaling": 0.0}, ValueError, "scaling: got 0.0"),
         ({"scaling": float("nan")}, ValueError, "scaling: got nan"),
         ({"X": "symmetry"}, ValueError, "X: got 'symmetry'"),
-        ({"X": gaussian(3, 3)}, ValueError, r"X: got shape \(3, 3\)"),
-        ({"X": None}, ValueError, "X: got shape None"),
+        ({"X": gaussian(3, 3)}, ValueError, r"X: got \(3, 3\)"),
+        ({"X": None}, ValueError, "X: got NoneType"),
         ({"rtol": 1.0}, ValueError, "rtol: got 1.0"),
         ({"dtype": "float16"}, TypeError, "float16; float32 and float64"),
     ],
@@ -247,6 +247,26 @@ def call(A=(2, 5), B=(4, 2), gA=(2, 5), gB=(4, 2), scaling=1.0, dtype="float64",
 def test_arguments_that_do_not_fit_are_named(arguments, error, words):
     with pytest.raises(error, match=words):
         call(**arguments)
+
+
+def test_what_is_no_array_or_in_half_precision_is_named():
+    A, B = gaussian(2, 5, dtype="float32"), gaussian(4, 2, dtype="float32")
+    with pytest.raises(ValueError, match=r"A \(r, in\) and B \(out, r\): got list and \(4, 2\)"):
+        equivalent_gradient([[1.0]], B, A, B, 1.0)
+    with pytest.raises(ValueError, match="gB: got list"):
+        equivalent_gradient(A, B, A, [[1.0]], 1.0)
+    with pytest.raises(TypeError, match="B: got dtype float16"):
+        lora_pro_gradients(A, B.astype("float16"), A, B, 1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64"])
+def test_an_X_of_another_dtype_does_not_change_the_factors(dtype):
+    A, B = gaussian(2, 5, dtype="float32"), gaussian(4, 2, dtype="float32")
+    X = np.array([[1, 2], [3, 4]])
+    found = lora_pro_gradients(A, B, A, B, 1.0, X.astype(dtype))
+    for ours, expected in zip(found, lora_pro_gradients(A, B, A, B, 1.0, X.astype("float32")), strict=True):
+        assert ours.dtype == "float32"
+        np.testing.assert_array_equal(ours, expected)
 
 
 # --- the method in training -------------------------------------------------------------------------------------------

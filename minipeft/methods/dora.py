@@ -16,7 +16,7 @@ from ..checks import check_choice
 from ..nn import Module, Parameter
 from ..quant.linear import QuantizedWeight, quantized_linear
 from ..tensor import Tensor, joint_result
-from .lora import _DORA_CHOICES, Lora, LoraLinear, lora_delta
+from .lora import _DORA_CHOICES, Lora, LoraLinear, check_factors, lora_delta, shape_or_type
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
@@ -54,8 +54,8 @@ def dora_gradients(V: Array, m: Array, G: Array, norm: str = "graph") -> tuple[A
     """
     _check_matrix("V", V)
     check_choice("norm", norm, NORMS)
-    if G.shape != V.shape:
-        raise ValueError(f"G: got shape {G.shape}; V's, {V.shape}, is accepted")
+    if getattr(G, "shape", None) != V.shape:
+        raise ValueError(f"G: got {shape_or_type(G)}; the shape of V, {V.shape}, is accepted")
     _check_magnitude(V, m)
     xp, kind = get_namespace(V), _kind_of(V, m)
     n = _or_one(dora_magnitude(V, kind))
@@ -73,8 +73,8 @@ def weight_decomposition(W0: Array, W1: Array) -> tuple[float, float]:
     Liu et al. 2024, eqs. 3 and 4. Rows that are zero before or after have no direction and are left out of ΔD.
     """
     _check_matrix("W0", W0)
-    if W1.shape != W0.shape:
-        raise ValueError(f"W1: got shape {W1.shape}; W0's, {W0.shape}, is accepted")
+    if getattr(W1, "shape", None) != W0.shape:
+        raise ValueError(f"W1: got {shape_or_type(W1)}; the shape of W0, {W0.shape}, is accepted")
     xp = get_namespace(W0)
     W0, W1 = W0.astype("float64"), W1.astype("float64")  # 1 − cos of weights that hardly moved is all cancellation
     m0, m1 = dora_magnitude(W0), dora_magnitude(W1)
@@ -139,12 +139,13 @@ def _or_one(norms: Array) -> Array:
 
 
 def _check_matrix(argument: str, W: Array) -> None:
-    if W.ndim != 2:
-        raise ValueError(f"{argument}: got shape {W.shape}; a matrix (out, in) is accepted")
+    if getattr(W, "ndim", None) != 2:
+        raise ValueError(f"{argument}: got {shape_or_type(W)}; a matrix (out, in) is accepted")
 
 
 def _check_factors(W: Array, A: Array, B: Array) -> None:
-    if A.ndim != 2 or B.ndim != 2 or (B.shape[0], A.shape[1]) != W.shape or B.shape[1] != A.shape[0]:
+    check_factors(A, B)
+    if (B.shape[0], A.shape[1]) != W.shape:
         raise ValueError(f"A (r, in) and B (out, r): got {A.shape} and {B.shape}; W (out, in) is {W.shape}")
 
 
@@ -155,8 +156,8 @@ def _fitting_delta(W: Array, A: Array, B: Array, scaling: float) -> Array:
 
 
 def _check_magnitude(W: Array, m: Array) -> None:
-    if m.shape not in ((W.shape[0],), (1,)):
-        raise ValueError(f"m: got shape {m.shape}; ({W.shape[0]},), one for each output, or (1,) is accepted")
+    if getattr(m, "shape", None) not in ((W.shape[0],), (1,)):
+        raise ValueError(f"m: got {shape_or_type(m)}; ({W.shape[0]},), one for each output, or (1,) is accepted")
 
 
 # --- the operation ----------------------------------------------------------------------------------------------------

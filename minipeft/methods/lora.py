@@ -34,7 +34,7 @@ def lora_scaling(alpha: float, r: int, rslora: bool = False) -> float:
     Raises:
         ValueError: α is no positive number, or r no int of at least 1.
     """
-    alpha, r = _positive("alpha", alpha), check_count("r", r)
+    alpha, r = check_positive("alpha", alpha), check_count("r", r)
     return float(alpha / (r**0.5 if rslora else r))  # a NumPy number would turn float32 products into float64
 
 
@@ -116,7 +116,7 @@ def init_lora(
                 f"W: init {init!r} needs the weight ({out_features}, {in_features}), got {shape_or_type(W)}"
             )
         W = W if W.dtype in (np.float32, np.float64) else W.astype(np.float32)  # LAPACK has no half precision
-        A, B = _pissa(W, r, _positive("scaling", scaling)) if init == "pissa" else _olora(W, r)
+        A, B = _pissa(W, r, check_positive("scaling", scaling)) if init == "pissa" else _olora(W, r)
         dtype = W.dtype if dtype is None else dtype
         return A.astype(dtype), B.astype(dtype)
     dtype = np.dtype(dtype or backend.get_default_dtype())
@@ -411,9 +411,9 @@ class LoraConfig:
         elif not isinstance(self.target_modules, str):
             self.target_modules = _names("target_modules", self.target_modules)
         self.modules_to_save = _names("modules_to_save", self.modules_to_save) if self.modules_to_save else None
-        self.r, self.lora_alpha = check_count("r", self.r), _positive("lora_alpha", self.lora_alpha)
+        self.r, self.lora_alpha = check_count("r", self.r), check_positive("lora_alpha", self.lora_alpha)
         self.rank_pattern = _checked_pattern("rank_pattern", self.rank_pattern, check_count)
-        self.alpha_pattern = _checked_pattern("alpha_pattern", self.alpha_pattern, _positive)
+        self.alpha_pattern = _checked_pattern("alpha_pattern", self.alpha_pattern, check_positive)
         if not isinstance(self.lora_dropout, int | float | np.number) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout: got {self.lora_dropout!r}; a probability in [0, 1) is accepted")
         self.lora_dropout = float(self.lora_dropout)
@@ -517,7 +517,12 @@ def _names(argument: str, names: Any) -> list[str]:
     return sorted(set(listed))
 
 
-def _positive(argument: str, value: Any) -> float:
+def check_positive(argument: str, value: Any) -> float:
+    """`value` as a Python number.
+
+    Raises:
+        ValueError: it is no number, or not in (0, ∞).
+    """
     if not isinstance(value, int | float | np.number) or not 0 < value < float("inf"):
         raise ValueError(f"{argument}: got {value!r}; a positive number is accepted")
     return value if isinstance(value, int) else float(value)

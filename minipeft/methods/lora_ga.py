@@ -27,9 +27,10 @@ from ..module import in_mode
 from ..nn import Dropout, Module
 from ..progress import counting_bar
 from ..quant.linear import QuantizedLinear
+from ..rank import energy
 from ..tensor import Tensor, enable_grad
 from .base import AdapterLayer
-from .lora import Lora, LoraLinear, lora_scaling
+from .lora import Lora, LoraLinear, check_factors, check_positive, lora_scaling, shape_or_type
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
@@ -131,20 +132,25 @@ def leading_singular_vectors(G: Array, k: int) -> tuple[Array, Array, Array]:
 
 def _check_init(G: Array, r: int, scaling: float, gamma: float, direction: str, scale: str, W: Array | None) -> Any:
     """The array library of G, once everything is what is accepted."""
-    if getattr(G, "ndim", None) != 2 or not backend.is_float(G.dtype):
-        raise ValueError(f"G: expected a matrix of floats (out, in), got {getattr(G, 'shape', type(G).__name__)}")
+    _check_gradient(G)
     check_half_rank("r", r, *G.shape)
     for name, value in (("scaling", scaling), ("gamma", gamma)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}: got {value!r}; a positive number is accepted")
+        check_positive(name, value)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("scale", scale, SCALES)
-    if scale == "weight_svd" and (W is None or W.shape != G.shape):
-        raise ValueError(f"W: scale 'weight_svd' needs the weight {G.shape}, got {np.shape(W)}")
+    if scale == "weight_svd" and getattr(W, "shape", None) != G.shape:
+        raise ValueError(f"W: scale 'weight_svd' needs the weight {G.shape}, got {shape_or_type(W)}")
     xp = get_namespace(G)
     if not bool(xp.isfinite(G).all()):
         raise ValueError("G: it has numbers that are not finite")
     return xp
+
+
+def _check_gradient(G: Array) -> None:
+    if getattr(G, "ndim", None) != 2:
+        raise ValueError(f"G: expected a matrix of floats (out, in), got {shape_or_type(G)}")
+    if not backend.is_float(G.dtype):
+        raise ValueError(f"G: expected a matrix of floats (out, in), got dtype {G.dtype}")
 
 
 def check_half_rank(argument: str, r: int, out_features: int, in_features: int) -> None:
@@ -166,13 +172,16 @@ def gradient_alignment(G: Array, A: Array, B: Array, scaling: float) -> float:
 
     D has rank at most 2r, so the cosine is at most √(Σ_{i≤2r} S_i² / Σ S_i²): `alignment_bound`. It is 0 where D or G
     is 0, and never negative: D's inner product with G is s²·(‖Bᵀ G‖² + ‖G Aᵀ‖²). Wang et al. 2024, section 3.2.
+    Computed in float64: the squares of a gradient's small numbers leave float32's range.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    if G.ndim != 2 or A.ndim != 2 or B.ndim != 2 or G.shape != (len(B), A.shape[1]) or B.shape[1] != len(A):
+    _check_gradient(G)
+    check_factors(A, B)
+    if G.shape != (len(B), A.shape[1]):
         raise ValueError(f"G (out, in), A (r, in), B (out, r): got {G.shape}, {A.shape} and {B.shape}")
-    xp = get_namespace(G)
+    xp, (G, A, B) = get_namespace(G), (M.astype("float64") for M in (G, A, B))
     D = float(scaling) ** 2 * (backend.matmul(B, backend.matmul(B.T, G)) + backend.matmul(backend.matmul(G, A.T), A))
     size = float(xp.linalg.norm(D)) * float(xp.linalg.norm(G))
     return float((D * G).sum()) / size if size else 0.0
@@ -181,12 +190,14 @@ def gradient_alignment(G: Array, A: Array, B: Array, scaling: float) -> float:
 def alignment_bound(G: Array, r: int) -> float:
     """√(Σ_{i≤2r} S_i² / Σ S_i²): the largest cosine that G and a matrix of rank 2r can have. Eckart and Young 1936.
 
+    1 for a gradient of zeros.
+
     Raises:
-        ValueError: r outside 1 … min(out, in)/2.
+        ValueError: G is no matrix or not finite, or r outside 1 … min(out, in)/2.
     """
+    _check_gradient(G)
     check_half_rank("r", r, *G.shape)
-    energies = get_namespace(G).linalg.svd(G, compute_uv=False) ** 2
-    return float((energies[: 2 * r].sum() / energies.sum()) ** 0.5)
+    return energy(G, 2 * r) ** 0.5
 
 
 # --- full gradients, a few weights at a time --------------------------------------------------------------------------
@@ -296,8 +307,7 @@ class LoraGAConfig:
     def __post_init__(self) -> None:
         check_choice("direction", self.direction, DIRECTIONS)
         check_choice("scale", self.scale, SCALES)
-        if not isinstance(self.stable_gamma, int | float) or not 0 < self.stable_gamma < float("inf"):
-            raise ValueError(f"stable_gamma: got {self.stable_gamma!r}; a positive number is accepted")
+        check_positive("stable_gamma", self.stable_gamma)
         check_count("gradient_batches", self.gradient_batches)
         if self.gradient_bytes is not None:
             check_count("gradient_bytes", self.gradient_bytes)

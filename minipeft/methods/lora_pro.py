@@ -20,7 +20,7 @@ from ..backend import Array, get_namespace, matmul
 from ..checks import check_choice
 from ..nn import Module, Parameter
 from ..optim import Adam, Optimizer
-from .lora import Lora, LoraConfig, LoraLinear
+from .lora import Lora, LoraConfig, LoraLinear, check_factors, shape_or_type
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ def lora_pro_gradients(
             unknown X, or rtol outside [0, 1).
     """
     _check(A, B, gA, gB, scaling)
-    _check_options(X, rtol, A)
+    _check_options(X, rtol, A, B)
     s2 = float(scaling) ** 2
     rtol = 10 * A.shape[0] * float(np.finfo(A.dtype).eps) if rtol is None else float(rtol)
     lam_B, V, inverse_B, rest_B = _pseudo_inverse(matmul(B.T, B), rtol)
@@ -85,6 +85,7 @@ def lora_pro_gradients(
     if X is None:
         gA_star, gB_star = down, up - matmul(B, inside)
     else:
+        X = X.astype(A.dtype, copy=False)
         gA_star, gB_star = down + matmul(X, A), up - matmul(B, inside + X)
     if rest_B is not None:
         gA_star = gA_star + matmul(rest_B, gA)
@@ -137,21 +138,21 @@ def adam_direction(m: Array, v: Array, g: Array, t: int, betas: tuple[float, flo
 
 
 def _check(A: Array, B: Array, gA: Array, gB: Array, scaling: float) -> None:
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-        raise ValueError(f"A (r, in) and B (out, r): got {A.shape} and {B.shape}, whose r differ")
+    check_factors(A, B)
     for name, g, like in (("gA", gA, A), ("gB", gB, B)):
-        if g.shape != like.shape:
-            raise ValueError(f"{name}: got shape {g.shape}; that of {name[1]}, {like.shape}, is accepted")
+        if getattr(g, "shape", None) != like.shape:
+            raise ValueError(f"{name}: got {shape_or_type(g)}; the shape of {name[1]}, {like.shape}, is accepted")
     if not 0 < abs(float(scaling)) < float("inf"):
         raise ValueError(f"scaling: got {scaling}; a finite number other than 0 is accepted")
 
 
-def _check_options(X: Any, rtol: float | None, A: Array) -> None:
+def _check_options(X: Any, rtol: float | None, A: Array, B: Array) -> None:
     r = A.shape[0]
-    if A.dtype not in (np.float32, np.float64):
-        raise TypeError(f"A: got dtype {A.dtype}; float32 and float64 are accepted")
+    for name, factor in (("A", A), ("B", B)):
+        if factor.dtype not in (np.float32, np.float64):
+            raise TypeError(f"{name}: got dtype {factor.dtype}; float32 and float64 are accepted")
     if X not in XS if isinstance(X, str) else getattr(X, "shape", None) != (r, r):
-        given = repr(X) if isinstance(X, str) else f"shape {getattr(X, 'shape', None)}"
+        given = repr(X) if isinstance(X, str) else shape_or_type(X)
         raise ValueError(f'X: got {given}; "sylvester", "zero" and an array ({r}, {r}) are accepted')
     if rtol is not None and not 0 <= rtol < 1:
         raise ValueError(f"rtol: got {rtol}; a number in [0, 1) is accepted")
