@@ -39,6 +39,8 @@ from minipeft.measure import (
 )
 from minipeft.measure.activations import block_activations
 from minipeft.measure.memory import distinct_bytes
+from minipeft.measure.shapes import _proportions
+from minipeft.quant.model import quantize_model
 from minipeft.tensor import Held
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "trainable_weights")
@@ -262,11 +264,16 @@ def test_the_scaling_rule_is_llamas_own_proportions():
         assert llama_shape(llama_shape(size).parameters) == llama_shape(size)
     for n in (50_000_000, 500_000_000, 3_000_000_000, 30_000_000_000):
         assert llama_shape(n).parameters == pytest.approx(n, rel=0.15)  # a step of 128 in d is 24 % of 500M
+    for n in (8_454_528, 20_000_000, 10**12):
+        nearest = min((_proportions(heads) for heads in range(1, 200)), key=lambda shape: abs(shape.parameters - n))
+        assert llama_shape(n) == llama_shape(np.int64(n)) == nearest
+
+
+CONFIG = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
 def test_a_config_is_read_from_a_dictionary_a_file_and_a_directory(tmp_path):
-    config = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config |= {"num_key_value_heads": 2, "vocab_size": 50, "model_type": "llama", "head_dim": None}
+    config = CONFIG | {"num_key_value_heads": 2, "vocab_size": 50, "model_type": "llama", "head_dim": None}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert llama_shape(config) == llama_shape(tmp_path) == llama_shape(str(tmp_path / "config.json")) == SHAPE
     del config["num_key_value_heads"]
@@ -276,25 +283,37 @@ def test_a_config_is_read_from_a_dictionary_a_file_and_a_directory(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"size": "seven"}, ValueError, "size: got 'seven'"),
-        ({"size": "missing/config.json"}, FileNotFoundError, "no such file"),
-        ({"size": {"hidden_size": 4}}, ValueError, "no intermediate_size, num_hidden_layers, num_attention_heads"),
-        ({"size": 10}, ValueError, "size: got 10 parameters"),
-        ({"size": 1.5}, TypeError, "size: got float"),
-        ({"size": True}, TypeError, "size: got bool"),
+        ({"config_or_size": "seven"}, ValueError, "config_or_size: got 'seven'"),
+        ({"config_or_size": "missing/config.json"}, FileNotFoundError, "no such file"),
+        (
+            {"config_or_size": {"hidden_size": 4}},
+            ValueError,
+            "no intermediate_size, num_hidden_layers, num_attention_heads",
+        ),
+        ({"config_or_size": CONFIG | {"hidden_size": 0}}, ValueError, "config_or_size: hidden_size: got 0; an int"),
+        ({"config_or_size": CONFIG | {"num_attention_heads": "4"}}, ValueError, "num_attention_heads: got '4'"),
+        ({"config_or_size": "9999999999999B"}, ValueError, "got 9999999999999000000000 parameters; 8454528 to"),
+        ({"config_or_size": quantize_model(chain())}, ValueError, "config_or_size: the Module holds weights as codes"),
+        ({"config_or_size": 10}, ValueError, "config_or_size: got 10 parameters"),
+        ({"config_or_size": 1.5}, TypeError, "config_or_size: got float"),
+        ({"config_or_size": True}, TypeError, "config_or_size: got bool"),
         ({"method": "dora"}, ValueError, "method: got 'dora'"),
         ({"optimizer": "lion"}, ValueError, "optimizer: got 'lion'"),
         ({"batch": 0}, ValueError, "batch: got 0"),
         ({"r": 2.0}, ValueError, "r: got 2.0"),
         ({"targets": "q_proj"}, ValueError, "targets: got 'q_proj'"),
         ({"targets": ["qproj"]}, ValueError, "targets: there is no 'qproj'"),
-        ({"size": chain(), "checkpointing": True}, ValueError, "checkpointing"),
-        ({"size": get_peft_model(chain(), LoraConfig(r=2)), "method": "full"}, ValueError, "method: got 'full'"),
+        ({"config_or_size": chain(), "checkpointing": True}, ValueError, "checkpointing"),
+        (
+            {"config_or_size": get_peft_model(chain(), LoraConfig(r=2)), "method": "full"},
+            ValueError,
+            "method: got 'full'",
+        ),
     ],
 )
 def test_estimate_names_the_argument_that_is_wrong(arguments, error, message):
     with pytest.raises(error, match=message):
-        estimate_memory(**{"size": "7B", **arguments})
+        estimate_memory(**{"config_or_size": "7B", **arguments})
 
 
 # --- reading arrays ---------------------------------------------------------------------------------------------------
@@ -405,7 +424,14 @@ def test_the_report_prints_as_a_table_with_units():
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (2**20 - 1, "1024.00 KiB"), (5 * 2**40, "5.00 TiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (2**20 - 1, "1.00 MiB"),
+        (5 * 2**40, "5.00 TiB"),
+        (2**70, "1048576.00 PiB"),
+    ],
 )
 def test_bytes_are_written_with_binary_units(size, text):
     assert format_bytes(size) == text
@@ -578,5 +604,7 @@ def test_latency_says_what_it_needs():
         compare_latency({})
     with pytest.raises(TypeError, match=r"fns\['a'\]: expected a function"):
         compare_latency({"a": 3})
-    with pytest.raises(ValueError, match="repeat, warmup: got 0, 3"):
+    with pytest.raises(ValueError, match="repeat: got 0; an int of at least 1"):
         latency(list, repeat=0)
+    with pytest.raises(ValueError, match=r"repeat: got 2\.5"):
+        latency(list, repeat=2.5)

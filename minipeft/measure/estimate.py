@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from ..checks import check_choice, check_count
 from ..nn import Linear, Module
+from ..quant.linear import QuantizedLinear
 from .activations import chain_activations, llama_activations
 from .memory import MemoryReport
 from .shapes import LlamaShape, llama_shape
@@ -55,6 +56,11 @@ def _shape_counts(shape: LlamaShape, method: str, r: int, targets: str | Iterabl
 
 
 def _module_counts(model: Module, method: str, r: int, targets: str | Iterable[str]) -> Counts:
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError(
+            "config_or_size: the Module holds weights as codes, whose bytes `memory_report` reads off; accepted is "
+            'the Module before it was quantized, with method="qlora"'
+        )
     parameters = list(model.parameters())
     total = sum(p.size for p in parameters)
     if any(hasattr(module, "base_layer") for module in model.modules()):
@@ -132,7 +138,7 @@ def optimizer_bytes(counts: Counts, dtype_bytes: int, optimizer: str) -> int:
 
 
 def estimate_memory(
-    size: str | int | Mapping[str, Any] | os.PathLike[str] | LlamaShape | Module,
+    config_or_size: str | int | Mapping[str, Any] | os.PathLike[str] | LlamaShape | Module,
     method: str = "lora",
     *,
     r: int = 8,
@@ -146,8 +152,8 @@ def estimate_memory(
     """The parts of `memory_report` by formula (see the top of this file): nothing of the model's size is allocated.
 
     Args:
-        size: "7B", a number of parameters, the dictionary in or the path of a config.json (see `llama_shape`); or a
-            Module: as it is where adapters are attached, otherwise as `method` would make it.
+        config_or_size: "7B", a number of parameters, the dictionary in or the path of a config.json (see
+            `llama_shape`); or a Module: as it is where adapters are attached, otherwise as `method` would make it.
         method: "full", "lora" or "qlora".
         r: the adapters' rank.
         batch, seq: sequences, and tokens of each. A Module that is no language model has `batch` rows.
@@ -166,13 +172,14 @@ def estimate_memory(
     check_choice("optimizer", optimizer, STATES)
     for name, value in {"r": r, "batch": batch, "seq": seq, "dtype_bytes": dtype_bytes}.items():
         check_count(name, value)
-    if isinstance(size, Module):
+    if isinstance(config_or_size, Module):
+        model = config_or_size
         if checkpointing:
             raise ValueError("checkpointing: True is for language models, whose blocks are known; a Module was given")
-        counts = _module_counts(size, method, r, targets)
-        activations = chain_activations(size, _module_ranks(size, method, r, targets), batch, dtype_bytes)
+        counts = _module_counts(model, method, r, targets)
+        activations = chain_activations(model, _module_ranks(model, method, r, targets), batch, dtype_bytes)
     else:
-        shape = size if isinstance(size, LlamaShape) else llama_shape(size)
+        shape = config_or_size if isinstance(config_or_size, LlamaShape) else llama_shape(config_or_size)
         counts = _shape_counts(shape, method, r, targets)
         trained, r = (set(shape.matrices), 0) if method == "full" else (set(_chosen(list(shape.matrices), targets)), r)
         activations = llama_activations(shape, trained, r, batch, seq, checkpointing, dtype_bytes)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import check_count
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -74,8 +76,8 @@ def compare_latency(fns: Mapping[str, Callable[[], Any]], *, repeat: int = 20, w
     for name, fn in fns.items():
         if not callable(fn):
             raise TypeError(f"fns[{name!r}]: expected a function without arguments, got {type(fn).__name__}")
-    if repeat < 1 or warmup < 0:
-        raise ValueError(f"repeat, warmup: got {repeat}, {warmup}; at least 1 and at least 0 are accepted")
+    check_count("repeat", repeat)
+    check_count("warmup", warmup, least=0)
     seconds: dict[str, list[float]] = {name: [] for name in fns}
     for turn in range(warmup + repeat):
         for name in fns if turn % 2 else reversed(fns):

@@ -59,8 +59,10 @@ def format_bytes(size: float) -> str:
     """Bytes with a binary unit: "512 B", "1.50 KiB", "3.25 GiB"."""
     if size < 1024:
         return f"{size:.0f} B"
-    unit = "KMGTP"[min(4, int(np.log2(size)) // 10 - 1)]
-    return f"{size / 1024 ** ('KMGTP'.index(unit) + 1):.2f} {unit}iB"
+    power = 0
+    while size >= 1023.995 and power < 5:  # what would be shown as 1024.00 is 1.00 of the next unit
+        size, power = size / 1024, power + 1
+    return f"{size:.2f} {'KMGTP'[power - 1]}iB"
 
 
 def memory_report(model: Module, optimizer: Optimizer | None = None) -> MemoryReport:

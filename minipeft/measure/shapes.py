@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import bisect
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import files
+from ..checks import check_count
 
 
 @dataclass(frozen=True)
@@ -57,51 +61,56 @@ SIZES = {  # nominal number of parameters: the model of that size, from its conf
 }
 
 
-def llama_shape(size: str | int | Mapping[str, Any] | os.PathLike[str]) -> LlamaShape:
-    """The shape that `size` means: "7B", a number of parameters, a config dictionary, or the path of a config.json.
+def llama_shape(config_or_size: str | int | Mapping[str, Any] | os.PathLike[str]) -> LlamaShape:
+    """The shape that this means: "7B", a number of parameters, a config dictionary, or the path of a config.json.
 
     Numbers in `SIZES` are those models. Any other number N takes Llama's proportions, with d the multiple of 128 whose
     number of weights is nearest to N: d/128 heads, d/128 layers, f = 8d/3 rounded up to a multiple of 256, all heads
     with their own keys and values, 32000 words, output head not tied. (Llama's 7B and 13B come out of this rule.)
 
     Raises:
-        ValueError: a text that is no size, a config without a size that is needed.
+        ValueError: a text that is no size, a number that no model has, a config without a size that is needed.
         FileNotFoundError: no such file.
         TypeError: something else.
     """
+    size = config_or_size
     if isinstance(size, str) and re.fullmatch(r"\d+(\.\d+)?[MB]", size, re.IGNORECASE):
-        size = round(float(size[:-1]) * (10**9 if size[-1] in "bB" else 10**6))
-    if isinstance(size, int) and not isinstance(size, bool):
-        return SIZES.get(size) or _scaled_shape(size)
+        size = round(Fraction(size[:-1]) * (10**9 if size[-1] in "bB" else 10**6))
+    if isinstance(size, int | np.integer) and not isinstance(size, bool):
+        return SIZES.get(size) or _scaled_shape(int(size))
     if isinstance(size, str | os.PathLike):
         path = Path(size) / "config.json" if Path(size).is_dir() else Path(size)
         if path.suffix != ".json":
             raise ValueError(
-                f'size: got {os.fspath(size)!r}; accepted are texts like "7B" and "135M", and a config.json'
+                f'config_or_size: got {os.fspath(size)!r}; accepted are texts like "7B" and "135M", and a config.json'
             )
         size = files.read_json(path)
     if not isinstance(size, Mapping):
         raise TypeError(
-            f"size: got {type(size).__name__}; a text, an int, a dictionary, a path or a Module is accepted"
+            f"config_or_size: got {type(size).__name__}; a text, an int, a dictionary, a path or a Module is accepted"
         )
     return _shape_of_config(size)
 
 
 def _scaled_shape(n: int) -> LlamaShape:
-    shapes = [_proportions(d) for d in range(128, round((16 * abs(n)) ** (1 / 3)) + 256, 128)]
-    if n < shapes[0].parameters:
-        raise ValueError(f"size: got {n} parameters; Llama's proportions begin at {shapes[0].parameters}")
-    return min(shapes, key=lambda shape: abs(shape.parameters - n))
+    heads = range(1, 10**5 + 1)
+    smallest, largest = _proportions(heads[0]).parameters, _proportions(heads[-1]).parameters
+    if not smallest <= n <= largest:
+        raise ValueError(f"config_or_size: got {n} parameters; {smallest} to {largest} are accepted")
+    i = bisect.bisect_left(heads, n, key=lambda h: _proportions(h).parameters)  # the first that is not smaller
+    return min(map(_proportions, heads[max(0, i - 1) : i + 1]), key=lambda shape: abs(shape.parameters - n))
 
 
-def _proportions(d: int) -> LlamaShape:
-    return LlamaShape(d, 256 * math.ceil(8 * d / 3 / 256), d // 128, d // 128, d // 128)
+def _proportions(heads: int) -> LlamaShape:
+    return LlamaShape(128 * heads, 256 * -(-4 * heads // 3), heads, heads, heads)
 
 
 def _shape_of_config(config: Mapping[str, Any]) -> LlamaShape:
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [name for name in needed if name not in config]
     if missing:
-        raise ValueError(f"size: the config has no {', '.join(missing)}")
+        raise ValueError(f"config_or_size: the config has no {', '.join(missing)}")
     given = {name: config[name] for name in LlamaShape.__dataclass_fields__ if config.get(name) is not None}
+    for name in given.keys() - {"tie_word_embeddings"}:
+        check_count(f"config_or_size: {name}", given[name])
     return LlamaShape(**{"num_key_value_heads": config["num_attention_heads"], **given})
