@@ -111,6 +111,7 @@ def _shape_of_config(config: Mapping[str, Any]) -> LlamaShape:
     if missing:
         raise ValueError(f"config_or_size: the config has no {', '.join(missing)}")
     given = {name: config[name] for name in LlamaShape.__dataclass_fields__ if config.get(name) is not None}
-    for name in given.keys() - {"tie_word_embeddings"}:
-        check_count(f"config_or_size: {name}", given[name])
+    for name, value in given.items():
+        if name != "tie_word_embeddings":
+            check_count(f"config_or_size: {name}", value)
     return LlamaShape(**{"num_key_value_heads": config["num_attention_heads"], **given})
