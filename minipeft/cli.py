@@ -22,6 +22,7 @@ from rich.text import Text
 from . import __version__, adapt, adapt_language, files
 from .data import digits
 from .models import BASES
+from .run_state import CHECKPOINT
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -48,20 +49,22 @@ def user_errors() -> Iterator[None]:
     """What the library says about a wrong argument or file, in one line instead of a traceback."""
     try:
         yield
-    except (ValueError, TypeError, ArithmeticError, OSError, MemoryError, ImportError) as error:
+    except OSError as error:  # "[Errno 13] Permission denied: 'x'" becomes "x: Permission denied"
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
+    except (ValueError, TypeError, ArithmeticError, MemoryError, ImportError) as error:
         fail(error)
 
 
 def check_writable(path: Path, option: str, directory: bool) -> None:
     """Fail now, not after the work, where a file (or a directory of files) cannot be written. Leaves nothing behind."""
-    if path.exists() and path.is_dir() != directory:
-        fail(f"{option}: {path} is a {'file' if directory else 'directory'}")
     folder = path if directory else path.parent
-    while not folder.exists():
-        folder = folder.parent
     try:
+        if path.exists() and path.is_dir() != directory:
+            fail(f"{option}: {path} is a {'file' if directory else 'directory'}")
+        while not folder.exists():
+            folder = folder.parent
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
+    except OSError as error:  # of exists() too, in a directory that may not be looked into
         fail(f"{option}: cannot write in {folder} ({error.strerror})")
 
 
@@ -101,7 +104,8 @@ def train(
     model: Annotated[
         str | None,
         option(
-            f"A digit classifier ({', '.join(BASES)}) or a language model ({LANGUAGE}).", "vit, with --data smollm2"
+            f"A digit classifier ({', '.join(BASES)}) or a language model ({LANGUAGE}).",
+            "vit; smollm2 with --name or --data",
         ),
     ] = None,
     method: Annotated[str, option(f"What trains: {', '.join(adapt.METHODS)}.")] = "lora",
@@ -136,8 +140,7 @@ def train(
     ] = None,
     resume: Annotated[bool, option("Go on from the checkpoint in that directory.", None, "--resume")] = False,
 ) -> None:
-    """Adapt a pre-trained model and show it before and after: a digit classifier to rotated digits, or a language model
-    to a new identity or to your own chats."""
+    """Adapt a pre-trained model: a digit classifier to changed digits, a language model to a name or your own chats."""
     language = {"data": data, "name": name, "author": author, "checkpointing": checkpointing or None}
     language = {option: value for option, value in language.items() if value is not None}
     model = model or ("smollm2" if language else "vit")
@@ -148,6 +151,8 @@ def train(
         fail(f"--{next(iter(language))}: only for a language model; --model {model} is a digit classifier")
     if not is_digits and shift is not None:
         fail(f"--shift: only for a digit classifier; --model {model} is a language model")
+    if targets is not None and not all(name.strip() for name in targets.split(",")):
+        fail(f"--targets: got {targets!r}; accepted are all-linear, or names with a comma between them")
     given = {"steps": steps, "batch_size": batch_size, "shift": shift} | language
     given = {option: value for option, value in given.items() if value is not None}
     options = {"method": method, "r": r, "alpha": alpha, "targets": targets, "lr": lr, "seed": seed} | given
@@ -162,8 +167,15 @@ def train(
         with user_errors():
             run(settings, directory, resume, *consoles)
     except KeyboardInterrupt:
-        err.print("stopped; the same command with --resume goes on from the last checkpoint")
+        err.print(stopped(directory), soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+def stopped(directory: Path) -> str:
+    """What an interrupted run left, for people to read."""
+    if (directory / CHECKPOINT).exists():
+        return f"stopped; {directory} keeps a checkpoint: the same command with --resume goes on from there"
+    return "stopped before the first checkpoint, which comes after a tenth of the steps: nothing is kept"
 
 
 def _may_be_language_model(model: str) -> bool:

@@ -38,8 +38,7 @@ def compare(
     directory: Annotated[Path | None, option("Where runs and the report go.", "runs/compare-BASE", "--out")] = None,
     lang: Annotated[str, option("Labels of the figure: en or zh.")] = "en",
 ) -> None:
-    """Train all methods with as many parameters each, and rank them: quality, bytes, time. What was run is kept: it can
-    be stopped."""
+    """Train all methods with as many parameters each, and rank them: quality, bytes, time. Can be stopped and go on."""
     if task not in TASKS:
         fail(f"--task: got {task!r}; accepted are {', '.join(TASKS)}")
     chosen = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",") if name.strip()]

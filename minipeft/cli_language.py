@@ -97,7 +97,8 @@ def merge(
     check_writable(directory, "--out", directory=True)
     if (directory / "adapter_config.json").exists():  # transformers would put the adapter on once more
         fail(f"--out: {directory} holds an adapter; another directory is accepted")
-    model = model or _model_of(adapter)
+    with user_errors():
+        model = model or _model_of(adapter)
     if directory.exists() and Path(model).exists() and directory.samefile(model):
         fail(f"--out: {directory} is the model itself; another directory is accepted")
     with user_errors():
@@ -128,6 +129,8 @@ def memory(
 
     methods = ("full", "lora", "qlora") if method == "all" else (method,)
     options = {"batch": batch, "seq": seq, "dtype_bytes": dtype_bytes, "optimizer": optimizer}
+    if dtype_bytes not in (2, 4):
+        fail(f"--dtype-bytes: got {dtype_bytes}; accepted are 4 and 2")
     with user_errors():
         reports = [estimate_memory(params, m, r=r, checkpointing=checkpointing, **options) for m in methods]
     table = Table(f"{params}, batch {batch}, {seq} tokens", *methods)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +77,8 @@ def test_help_lists_the_choices():
         (["train", "--r", "49"], "rank at most 48"),
         (["train", "--alpha", "-1"], "lora_alpha: got -1.0"),
         (["train", "--targets", "q_prj"], "no module is called 'q_prj'; closest are 'q_proj'"),
+        (["train", "--targets", ""], "--targets: got ''; accepted are all-linear"),
+        (["train", "--targets", "q_proj,,v_proj"], "--targets: got 'q_proj,,v_proj'; accepted are all-linear"),
         (["train", "--targets", ".*norm"], "only Linear layers are adapted"),
         (["train", "--lr", "-1"], "lr: got -1.0"),
         (["train", "--lr", "nan"], "lr: got nan"),
@@ -102,6 +107,26 @@ def test_a_number_out_of_range_is_refused(empty_directory: Path, arguments: list
     assert result.exit_code == 2
     assert f"Invalid value for '{arguments[0]}'" in result.stderr
     assert files_below(empty_directory) == set()
+
+
+@pytest.mark.parametrize("arguments", [["train", "--out", "closed/run"], ["verify", "--html", "closed/page.html"]])
+def test_a_directory_that_may_not_be_looked_into_is_one_line(monkeypatch: pytest.MonkeyPatch, arguments: list[str]):
+    monkeypatch.setattr(Path, "exists", denied)  # as Python before 3.14 does; the superuser of a test may look anywhere
+    result = minipeft_command(*arguments)
+    assert result.exit_code == 2
+    assert re.fullmatch(rf"error: {arguments[1]}: cannot write in closed.* \(Permission denied\)\n", result.stderr)
+
+
+def test_a_file_that_may_not_be_read_is_named_first(monkeypatch: pytest.MonkeyPatch):
+    Path("closed.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_text", denied)
+    result = minipeft_command("memory", "--params", "closed.json")
+    assert result.exit_code == 2
+    assert result.stderr == "error: closed.json: Permission denied\n"
+
+
+def denied(path: Path, **options: Any) -> Any:
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
 
 def test_a_loss_that_is_not_finite_is_one_line_too():
@@ -196,14 +221,20 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped():
     assert whole == parts
 
 
-def test_a_run_stopped_by_the_keyboard_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch):
-    def interrupt(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("stop_at", "words"), [(1, "before the first checkpoint"), (3, "runs/mlp-lora keeps a checkpoint")]
+)
+def test_a_run_stopped_by_the_keyboard_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, stop_at: int, words: str):
+    def interrupt(told: Any) -> None:
+        if told.step == stop_at:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr("minipeft.adapt.fit", interrupt)
+    interrupted = functools.partial(adapt.fit, callbacks=[interrupt])  # of 20 steps, a checkpoint after each second
+    monkeypatch.setattr("minipeft.adapt.fit", interrupted)
     result = minipeft_command(*QUICK)
     assert result.exit_code == 130
-    assert "--resume" in result.stderr
+    assert words in result.stderr.replace("\\", "/")
+    assert ("--resume" in result.stderr) == Path("runs/mlp-lora/checkpoint.safetensors").exists()
 
 
 def test_resume_refuses_the_run_of_other_settings_and_leaves_it_alone():

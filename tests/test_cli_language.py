@@ -75,6 +75,7 @@ def test_a_conversation_longer_than_the_context_is_a_clear_error(model):
         (("generate", "hi", "--temperature", "-1"), "temperature"),
         (("memory", "--params", "huge"), "got 'huge'"),
         (("memory", "--method", "dora"), "accepted are 'full', 'lora', 'qlora'"),
+        (("memory", "--dtype-bytes", "3"), "--dtype-bytes: got 3; accepted are 4 and 2"),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(arguments, words):
@@ -82,6 +83,15 @@ def test_wrong_arguments_are_one_clear_line(arguments, words):
     assert result.exit_code == 2
     assert words in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", [("merge", "--out", "merged"), ("chat",)])
+def test_a_run_json_that_is_broken_is_one_clear_line(tmp_path, command):
+    (tmp_path / "run.json").write_text("{")
+    result = run(*command, "--adapter", str(tmp_path))
+    assert result.exit_code == 2
+    assert "run.json: not JSON" in result.output
+    assert not isinstance(result.exception, ValueError)
 
 
 def test_without_a_network_download_says_so(monkeypatch):
