@@ -25,18 +25,19 @@ class progress_bar:  # noqa: N801
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} samples/s"),
+            TextColumn("{task.fields[told]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
         self.bar.start()
-        task = self.bar.add_task("", total=self.steps, completed=self.first, loss=float("nan"), speed=0.0)
+        task = self.bar.add_task("", total=self.steps, completed=self.first, told="")
         start, seen = time.perf_counter(), 0
 
         def show(done: int, loss: float, examples: int) -> None:
             nonlocal seen
             seen += examples
-            self.bar.update(task, completed=done, loss=loss, speed=seen / (time.perf_counter() - start))
+            speed = seen / (time.perf_counter() - start)
+            self.bar.update(task, completed=done, told=f"loss {loss:.4f}  {speed:,.0f} samples/s")
 
         return show
 
