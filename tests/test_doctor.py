@@ -168,12 +168,15 @@ def test_a_kernel_set_by_hand_is_seen_and_warned_of():
     """The real thing: OpenBLAS told to run its SSE kernel, on a processor that has more."""
     if doctor.other_kernel("Nehalem", doctor.cpu_info()[1]) is None or doctor.find_blas().kernel is None:
         pytest.skip("needs OpenBLAS on an x86 processor with AVX")
-    run = subprocess.run(
-        [sys.executable, "-m", "minipeft", "doctor"],
-        env=os.environ | {"OPENBLAS_CORETYPE": "Nehalem", "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    for _ in range(3):  # beside other tests one of the two measurements may be far too slow
+        run = subprocess.run(
+            [sys.executable, "-m", "minipeft", "doctor"],
+            env=os.environ | {"OPENBLAS_CORETYPE": "Nehalem", "COLUMNS": "100"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        if "OpenBLAS runs" in run.stdout:
+            break
     assert "OpenBLAS runs its Nehalem kernel (SSE" in run.stdout
     assert "Try: unset OPENBLAS_CORETYPE" in run.stdout
