@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
-import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,22 +14,23 @@ FIRST_BYTES, FILE_BYTES = 1 << 20, 1 << 26  # files of 1 MiB, 2, 4 … 64: few m
 
 
 class Pages:
-    """Zeroed arrays in files of a temporary directory, which goes when the last of its owner and its arrays does.
+    """Zeroed arrays in temporary files. A file, and its space, goes with the last array cut from it.
 
-    The space is reserved on the disk before an array is given out. Without that a full disk would end the process with
-    a bus error at some later write; so it is an `OSError` here, and what is there already stays as it is. A file is
-    removed, and its space given back, when the last array cut from it is gone.
+    The files have no names, so the system takes them back from a process that is killed too, and nobody who tidies
+    the directory can. The space is reserved on the disk before an array is given out. Without that a full disk would
+    end the process with a bus error at some later write; so it is an `OSError` here, and what is there already stays
+    as it is.
 
     Args:
-        directory: where to put the files' directory; the system's place for temporary files when left out.
+        directory: where to put the files; the system's place for temporary files when left out.
 
     Raises:
-        OSError: the directory cannot be written to.
+        OSError: no file can be made there.
     """
 
     def __init__(self, directory: str | os.PathLike | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="minipeft-pages-", dir=directory, ignore_cleanup_errors=True)
-        weakref.finalize(self, self._folder.cleanup)
+        self._directory = os.fspath(tempfile.gettempdir() if directory is None else directory)
+        self._temporary().close()  # if there can be none, say so before anything trains
         self.begin()
 
     def begin(self) -> None:
@@ -62,19 +60,24 @@ class Pages:
         """
         return np.concatenate(pieces, out=self.zeros(sum(piece.size for piece in pieces), pieces[0].dtype))
 
-    def _reserve(self, length: int) -> np.memmap:
-        handle, name = tempfile.mkstemp(suffix=".page", dir=self._folder.name)
+    def _temporary(self) -> Any:
         try:
-            _allocate(handle, length)
+            return tempfile.TemporaryFile(dir=self._directory)
         except OSError as error:
-            Path(name).unlink(missing_ok=True)
-            room = f"no room for {length:,} bytes in {self._folder.name}; free some, or pass page_dir on a larger disk"
-            raise OSError(error.errno, f"paged optimizer state: {room}") from error
-        finally:
-            os.close(handle)
-        file = np.memmap(name, dtype=np.uint8, mode="r+", shape=(length,))
-        weakref.finalize(file._mmap, _remove, name)  # every array cut from the file refers to its mapping
-        return file
+            raise OSError(
+                error.errno, f"page_dir: no file can be made in {self._directory}: {error.strerror}"
+            ) from error
+
+    def _reserve(self, length: int) -> np.memmap:
+        with self._temporary() as file:  # closed at once: the mapping keeps it
+            try:
+                _allocate(file.fileno(), length)
+            except OSError as error:
+                room = (
+                    f"no room for {length:,} bytes in {self._directory}; free some, or pass page_dir on a larger disk"
+                )
+                raise OSError(error.errno, f"paged optimizer state: {room}") from error
+            return np.memmap(file, dtype=np.uint8, mode="r+", shape=(length,))
 
 
 def _allocate(handle: int, length: int) -> None:
@@ -85,8 +88,3 @@ def _allocate(handle: int, length: int) -> None:
     zeros = bytes(1 << 20)  # writing zeros reserves as well
     while length:
         length -= os.write(handle, zeros[:length])  # near the end of a disk a part of it: the next call says why
-
-
-def _remove(name: str) -> None:
-    with contextlib.suppress(OSError):  # gone with the directory, or still open on a system that minds
-        Path(name).unlink()
