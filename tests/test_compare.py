@@ -441,7 +441,7 @@ def test_in_the_figure_a_method_far_below_stands_at_the_edge_with_its_value(tmp_
     assert points.get_ylim()[0] > 80
     assert len(points.get_legend().get_texts()) == 3
     assert points.get_ylabel() == "测试准确率，%"
-    assert {line.get_label() for axes in curves for line in axes.lines} >= {"LoRA", "DoRA", "全量微调"}
+    assert {line.get_label() for axes in curves for line in axes.lines} >= {"LoRA", "DoRA", "全参数微调"}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def backward_flops() -> Evidence:
     return Evidence(
         f"On SmolLM2 LoRA (r = 8) counts {backward:.2f} of full fine-tuning's backward products, {total:.2f} of all; "
         f"forward and backward take {elapsed:.2f} of the time.",
-        f"SmolLM2 上，LoRA（r = 8）反向传播的乘法是全量微调的 {backward:.2f}，全部乘法是 {total:.2f}；"
+        f"SmolLM2 上，LoRA（r = 8）反向传播的乘法是全参数微调的 {backward:.2f}，全部乘法是 {total:.2f}；"
         f"前向加反向的用时是 {elapsed:.2f}。",
         holds=backward < 1 and 2 / 3 < total < 0.72,
         figures={"backward": backward, "total": total, "time": elapsed, "counted": counted},

@@ -233,16 +233,19 @@ def accumulate_adapters() -> Evidence:
     exact = all(parts[kind]["gradients"] == wanted[kind] for kind in parts)
     weights = {kind: parts[kind]["weights"] for kind in parts}
     shown = ", ".join(f"{kind} {p['gradients'] / 1e3:.0f} + {p['weights'] / 1e3:.0f}" for kind, p in parts.items())
-    shown_zh = chinese_marks(shown.replace("full", "全量").replace("4-bit", "4 比特"))
+    shown_zh = chinese_marks(shown.replace("full", "全参数").replace("4-bit", "4 比特"))
     times = f"{wanted['full'] / wanted['LoRA']:.0f}"
     of_lora, of_full = (f"{parts[kind]['activations'] / 1e3:.0f}" for kind in ("LoRA", "full"))
+    spared = parts["LoRA"]["activations"] < parts["full"]["activations"]
     return Evidence(
         f"Four {width}² layers, r = {R}, kB of accumulated gradients + weights: {shown}. The accumulators are "
-        f"{'exactly' if exact else 'not'} 4 bytes × r(d + k) and dk, {times} times less. What backward needs is kept "
-        f"as ever: activations {of_lora} kB with LoRA, {of_full} kB in full.",
+        f"{'exactly' if exact else 'not'} 4 bytes × r(d + k) and dk, {times} times less. It "
+        f"{'spares' if spared else 'does not spare the model'} activations, which the document adds: {of_lora} kB with "
+        f"LoRA, {of_full} kB in full.",
         f"四个 {width}² 的层，r = {R}，累积的梯度 + 权重，单位 kB：{shown_zh}。"
         f"累积的梯度{'恰好' if exact else '并不'}是 4 字节 × r(d + k) 与 dk，后者是前者的 {times} 倍。"
-        f"反向传播所需的照旧要保留：激活值在 LoRA 中为 {of_lora} kB，全量训练为 {of_full} kB。",
+        f"文档还说可以避免存储激活值，{'确实如此' if spared else '其实不然'}："
+        f"LoRA 为 {of_lora} kB，全参数训练为 {of_full} kB。",
         holds=exact and wanted["LoRA"] < wanted["full"] and weights["4-bit LoRA"] < 0.4 * weights["LoRA"],
         figures={"bytes": parts},
     )

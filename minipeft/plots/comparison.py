@@ -36,8 +36,8 @@ STYLES = {  # colour, dashes, marker: distinct without colour too
     "p-tuning": (GREY, (0, (1, 2)), "x"),
 }
 NAMES = {
-    "full": ("full", "全量微调"),
-    "full-then-lora": ("full, then LoRA", "先全量后 LoRA"),
+    "full": ("full", "全参数微调"),
+    "full-then-lora": ("full, then LoRA", "先全参数后 LoRA"),
     "lora-pro-full": ("LoRA-Pro, full", "LoRA-Pro（完整）"),
 }
 SPELLED = {"lora": "LoRA", "rslora": "rsLoRA", "qlora": "QLoRA", "dora": "DoRA", "qdora": "QDoRA", "adalora": "AdaLoRA"}
@@ -66,7 +66,7 @@ def adaptation() -> Figure:
 
     Lines and bars are means over the seeds, bands and whiskers the smallest and largest.
     """
-    full, lora = t("full", "全量微调"), "LoRA, r = {}"
+    full, lora = t("full", "全参数微调"), "LoRA, r = {}"
     rows = {full: ("full", 8, VERMILION, (0, (5, 2)))}
     rows |= {lora.format(r): ("lora", r, c, d) for r, c, d in ((8, GREEN, "-"), (2, BLUE, (0, (3, 1))), (1, SKY, "-."))}
     runs = {name: [adapt(m, r=r, seed=seed) for seed in SEEDS] for name, (m, r, *_) in rows.items()}

@@ -17,7 +17,7 @@ def magnitude_direction() -> Figure:
     """ΔM against ΔD, a point for each projection, after full fine-tuning, LoRA and DoRA."""
     found = figures("dora.decoupled")
     styles = {
-        "full": (t("full fine-tuning", "全量微调"), VERMILION, "s"),
+        "full": (t("full fine-tuning", "全参数微调"), VERMILION, "s"),
         "LoRA": ("LoRA", BLUE, "o"),
         "DoRA": ("DoRA", GREEN, "^"),
     }

@@ -57,7 +57,7 @@ def spectra() -> Figure:
     return source(
         figure,
         "1,797 digits of 64 pixels; ViT layer 0 v_proj 48×48 before, and ΔW after 200 steps of full fine-tuning",
-        "1,797 个手写数字（64 像素）；ViT 第 0 层 v_proj（48×48）的预训练权重，以及全量微调 200 步后的 ΔW",
+        "1,797 个手写数字（64 像素）；ViT 第 0 层 v_proj（48×48）的预训练权重，以及全参数微调 200 步后的 ΔW",
     )
 
 
@@ -158,14 +158,14 @@ def memory() -> Figure:
     """Where the bytes go: measured on a small model, and by formula for a model of 7 billion weights."""
     found = figures("lora.memory-parts")
     here = {
-        t("full, SGD", "全量，SGD"): found["full sgd"],
-        t("full, AdamW", "全量，AdamW"): found["full adamw"],
+        t("full, SGD", "全参数，SGD"): found["full sgd"],
+        t("full, AdamW", "全参数，AdamW"): found["full adamw"],
         "LoRA, SGD": found["lora sgd"],
         "LoRA, AdamW": found["lora adamw"],
     }
     seven = {
         name: estimate_memory("7B", method, r=8, batch=1, seq=512, dtype_bytes=2, checkpointing=True).as_dict()
-        for name, method in ((t("full", "全量微调"), "full"), ("LoRA", "lora"), ("QLoRA", "qlora"))
+        for name, method in ((t("full", "全参数微调"), "full"), ("LoRA", "lora"), ("QLoRA", "qlora"))
     }
     figure, (small, large) = panels(2, size=(12, 4.8))
     _stacks(small, here, 1e6, "MB")
@@ -209,7 +209,7 @@ def counted_flops(method: str, width: int = 512, depth: int = 4, rows: int = 64)
 
 def flops() -> Figure:
     """Counted products in forward and in backward, by method."""
-    names = {"full": t("full", "全量微调"), "lora": "LoRA", "dora": "DoRA", "lora-pro": "LoRA-Pro"}
+    names = {"full": t("full", "全参数微调"), "lora": "LoRA", "dora": "DoRA", "lora-pro": "LoRA-Pro"}
     counted = {name: counted_flops(method) for method, name in names.items() if method in METHODS}
     unit = counted[names["full"]][0]
     figure, axes = panels(1, size=(9.5, 4.4))
@@ -221,7 +221,7 @@ def flops() -> Figure:
         axes.text(f / 2, i, f"{f:.2f}", va="center", ha="center")
         axes.text(f + b / 2, i, f"{b:.2f}", va="center", ha="center", bbox={"fc": "white", "ec": "none", "pad": 2})
     lora = forward[1] + backward[1]
-    text = t(f"{lora / 3:.2f} of full;\nlimit in wide layers 2/3", f"全量的 {lora / 3:.2f}；\n宽层极限为 2/3")
+    text = t(f"{lora / 3:.2f} of full;\nlimit in wide layers 2/3", f"全参数微调的 {lora / 3:.2f}；\n宽层极限为 2/3")
     axes.text(lora + 0.05, 1, text, va="center", color=GREY, fontsize=fit(12.5, 10))
     axes.set(xlabel=t("products ÷ those of the forward pass", "乘法次数 ÷ 一次前向的乘法次数"), xlim=(0, 3.15))
     axes.invert_yaxis()
@@ -260,7 +260,7 @@ def movement() -> Figure:
 def efficiency() -> Figure:
     """Parameters that train and products that are computed, each as a share of full training's, by method."""
     found = figures("lora.not-train-efficient")
-    names = {"full": t("full", "全量微调"), "lora": "LoRA", "p-tuning": "P-Tuning", "adapter": "Adapter"}
+    names = {"full": t("full", "全参数微调"), "lora": "LoRA", "p-tuning": "P-Tuning", "adapter": "Adapter"}
     figure, axes = panels(1, size=(9.5, 4.6))
     y = np.arange(len(names))
     kinds = (
@@ -274,7 +274,7 @@ def efficiency() -> Figure:
         axes.bar_label(bars, [f"{share:.3g}" for share in shares], padding=5, fontsize=13)
     axes.axvline(200 / 3, color=GREY, ls=":", lw=2)
     axes.set(yticks=y, yticklabels=list(names.values()), xlim=(0, 115))
-    axes.set_xlabel(t("% of full training (dotted: 2/3)", "占全量训练的百分比（点线：2/3）"))
+    axes.set_xlabel(t("% of full training (dotted: 2/3)", "占全参数训练的百分比（点线：2/3）"))
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside upper center", ncols=2)
@@ -301,10 +301,10 @@ def hybrid() -> Figure:
     }
     for key, (name, colour, line) in styles.items():
         cost.plot(x, [found[share][key] for share in shares], line, color=colour, label=name)
-    cost.set(ylabel=t("÷ full training", "÷ 全量训练"), ylim=(0, 1.05))
+    cost.set(ylabel=t("÷ full training", "÷ 全参数训练"), ylim=(0, 1.05))
     cost.legend(loc="lower right")
     for ax in (loss, cost):
-        ax.set(xticks=x, xticklabels=shares, xlabel=t("steps of full training first", "先做全量训练的步数占比"))
+        ax.set(xticks=x, xticklabels=shares, xlabel=t("steps of full training first", "先做全参数训练的步数占比"))
     return source(
         figure,
         "claim lora.hybrid: MLP on rotated digits, r = 8; mean and standard deviation over seeds",

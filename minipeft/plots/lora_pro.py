@@ -55,7 +55,7 @@ def gap() -> Figure:
     """Losses after training, each seed a point."""
     found = figures("lorapro.gap")["losses"]
     names = {
-        "full training": (t("full training", "全量训练"), VERMILION, "s"),
+        "full training": (t("full training", "全参数训练"), VERMILION, "s"),
         "LoRA": ("LoRA", BLUE, "o"),
         "LoRA-Pro plain": (t("LoRA-Pro, plain", "LoRA-Pro（基本）"), ORANGE, "D"),
         "LoRA-Pro full": (t("LoRA-Pro, full", "LoRA-Pro（完整）"), GREEN, "^"),
