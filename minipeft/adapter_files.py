@@ -28,9 +28,10 @@ CONFIGS: dict[str, type] = {  # by the peft_type in adapter_config.json; PEFT ha
 
 def write_adapter(path: str | os.PathLike, config: Any, values: dict[str, Array]) -> None:
     """Write an adapter's tensors and config into a directory, each file whole or not at all."""
+    data = {**config.to_dict(), "inference_mode": True}
     metadata = {"format": "pt"}  # PEFT writes so; readers ask for it
     files.write_tensors(Path(path) / "adapter_model.safetensors", values, metadata)
-    files.write_json(Path(path) / "adapter_config.json", {**config.to_dict(), "inference_mode": True})
+    files.write_json(Path(path) / "adapter_config.json", data)
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[Any, dict[str, Array]]:

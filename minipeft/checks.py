@@ -10,8 +10,14 @@ import numpy as np
 
 def check_choice(argument: str, value: Any, accepted: Collection[str]) -> None:
     """Raise ValueError unless `value` is one of `accepted`."""
-    if value not in accepted:
+    if value not in tuple(accepted):  # a tuple compares what has no hash, too
         raise ValueError(f"{argument}: got {value!r}; accepted are {', '.join(map(repr, accepted))}")
+
+
+def check_flag(argument: str, value: Any) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{argument}: got {value!r}; True and False are accepted")
 
 
 def check_count(argument: str, value: Any, least: int = 1) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,11 @@ import numpy as np
 
 from .adapter_files import check_fit, portable, read_adapter, without_offset, write_adapter
 from .backend import Array, generator
-from .methods.base import AdapterLayer, Method
+from .methods.base import AdapterLayer, Method, Replacement
 from .methods.lora import LoraLinear
 from .nn import Module, Parameter, assign
 from .quant.linear import QuantizedLinear
-from .targets import Plan, SavedModule, unchanged_on_error
+from .targets import Plan, SavedModule, check_adapter_name, unchanged_on_error
 
 
 def get_peft_model(
@@ -40,11 +41,17 @@ def get_peft_model(
 
     Raises:
         ValueError: a target that does not exist or is no Linear, or a rank that a layer does not allow.
-        TypeError: `model` has adapters already: use its `add_adapter`.
+        TypeError: `model` is no Module, or has adapters already: use its `add_adapter`; `config` builds no Method.
     """
+    _check_bare(model)
+    return _adapted(model, config, batches, loss_fn, adapter_name, seed)
+
+
+def _check_bare(model: Any) -> None:
+    if not isinstance(model, Module):
+        raise TypeError(f"model: expected a Module, got {type(model).__name__}")
     if any(isinstance(module, PeftModel | AdapterLayer | SavedModule) for module in model.modules()):
         raise TypeError("model: it has adapters already; use its PeftModel's add_adapter(name, config), or unload()")
-    return _adapted(model, config, batches, loss_fn, adapter_name, seed)
 
 
 def _adapted(model: Module, config: Any, batches: Any, loss_fn: Any, adapter_name: str, seed: Any) -> PeftModel:
@@ -136,6 +143,7 @@ class PeftModel(Module):
         self.set_adapter(active)
 
     def _check_addable(self, adapter_name: str) -> None:
+        check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name: {adapter_name!r} exists; there are {sorted(self.peft_config)}")
         if self.merged_adapters:
@@ -144,11 +152,11 @@ class PeftModel(Module):
     def _attach(self, plan: Plan, batches: Any, loss_fn: Any, seed: Any) -> None:
         model, method = self.base_model.model, plan.method
         method.adapter, method.names, method.rng = plan.adapter, plan.targets, generator(seed)
-        with unchanged_on_error(model):
+        with unchanged_on_error(self):
             method.prepare(model, batches, loss_fn)
             for name in plan.targets:
-                linear = model.get_submodule(name)
-                model.set_submodule(name, method.wrap(name, linear).train(linear.training))
+                module = model.get_submodule(name)
+                model.set_submodule(name, _wrapped(method, name, module).train(module.training))
             for name in plan.saved:
                 module = model.get_submodule(name)
                 if not isinstance(module, SavedModule):
@@ -161,25 +169,32 @@ class PeftModel(Module):
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Make this adapter (or these) the active one: only its parameters train, only it takes part in forward.
 
+        Merged adapters are unmerged first, as in PEFT.
+
         Raises:
             ValueError: no adapter has this name.
         """
-        names = self._existing("set_adapter", [adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        names = self._existing("set_adapter", adapter_name)
+        if self.merged_adapters:
+            self.unmerge_adapter()
+        self._activate(names)
+
+    def _activate(self, names: list[str]) -> None:
         self.active_adapters = names
         for _, layer in [*self.adapter_layers(), *self._saved_modules()]:
             layer.active = names
         self.base_model.requires_grad_(False)
         for name in names:
-            if not self.peft_config[name].inference_mode:
+            if not getattr(self.peft_config[name], "inference_mode", False):
                 for parameter in self.methods[name].trained(self.base_model.model, self._own_state(name)):
                     parameter.requires_grad = True
 
-    def _existing(self, caller: str, names: Iterable[str]) -> list[str]:
+    def _existing(self, caller: str, given: str | Iterable[str]) -> list[str]:
         """The names as a list, each once, after checking that they are adapters here."""
-        names = list(dict.fromkeys(names))
-        if not names or any(name not in self.peft_config for name in names):
+        names = list(given) if isinstance(given, list | tuple | set) else [given]
+        if not names or any(not isinstance(name, str) or name not in self.peft_config for name in names):
             raise ValueError(f"{caller}: got {names}; there are {sorted(self.peft_config)}")
-        return names
+        return list(dict.fromkeys(names))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; what its start took from the weights is given back. The first of the rest becomes active
@@ -200,11 +215,16 @@ class PeftModel(Module):
         for _, layer in self._saved_modules():
             layer.modules_to_save.pop(adapter_name, None)
         del self.peft_config[adapter_name], self.methods[adapter_name]
-        self.set_adapter([name for name in self.active_adapters if name != adapter_name] or rest[0])
+        self._activate([name for name in self.active_adapters if name != adapter_name] or rest[:1])
 
     def adapter_state(self, adapter_name: str = "default") -> dict[str, Parameter]:
         """The parameters that belong to an adapter (its factors, its saved modules, the biases it trains), under the
-        names that PEFT's file has: `base_model.model.fc1.lora_A.weight`, without the adapter's own name."""
+        names that PEFT's file has: `base_model.model.fc1.lora_A.weight`, without the adapter's own name.
+
+        Raises:
+            ValueError: no adapter has this name.
+        """
+        self._existing("adapter_state", adapter_name)
         return self.methods[adapter_name].owned(self.base_model.model, self._own_state(adapter_name))
 
     def _own_state(self, adapter_name: str) -> dict[str, Parameter]:
@@ -254,6 +274,9 @@ class PeftModel(Module):
     def merge_adapter(self, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' ΔW to the weights (the active ones when left out): forward costs what the base costs.
 
+        A weight that two modules share (a tied head) is one for each from now on. Saved modules stay those of the
+        active adapter, as in PEFT.
+
         Raises:
             ValueError: adapters are merged already, a name does not exist, weights are held as codes, or no weight can
                 do what an adapter does.
@@ -268,14 +291,19 @@ class PeftModel(Module):
                 "sum to codes loses a part of the update; finish_qlora(model, how, inputs=…) has how='keep' (apart), "
                 "'merge' (in full precision) and 'requantize' (codes again), and measures what each costs"
             )
-        for name, layer in self.adapter_layers():
-            if layer.unmergeable and set(names) & set(layer.adapters):
+        layers = {name: layer for name, layer in self.adapter_layers() if set(names) & set(layer.adapters)}
+        for name, layer in layers.items():
+            if layer.unmergeable:
                 raise ValueError(f"merge_adapter: {name!r} cannot be merged: {layer.unmergeable}")
-        for _, layer in self.adapter_layers():
+        children = [child for module in self.modules() for _, child in module.named_children()]
+        users = Counter(id(child) for child in children)
+        for layer in layers.values():
+            if users[id(layer.weight)] > 1:
+                layer.base_layer.weight = Parameter(layer.weight.data, layer.weight.requires_grad)
             layer.merge(names)
 
     def unmerge_adapter(self) -> None:
-        """Subtract what `merge_adapter` added. The weights come back up to rounding, not bit for bit.
+        """Take out what `merge_adapter` added. LoRA's ΔW is subtracted: those weights come back up to rounding.
 
         Raises:
             ValueError: nothing is merged.
@@ -293,11 +321,11 @@ class PeftModel(Module):
             ValueError: a name does not exist, other adapters are merged already, or it has been unloaded before.
         """
         merged = self.merged_adapters
-        if not merged or (adapter_names is not None and set(adapter_names) != set(merged)):
+        if not merged or (adapter_names and set(self._existing("merge_adapter", adapter_names)) != set(merged)):
             self.merge_adapter(adapter_names)
         if not self.merged_adapters:
             raise ValueError("merge_and_unload: no adapters are left; this PeftModel has been unloaded already")
-        self.set_adapter(self.merged_adapters)  # their modules_to_save go into the model
+        self._activate(self.merged_adapters)  # their modules_to_save go into the model
         return self._unload()
 
     def unload(self, changed_base: bool = False) -> Module:
@@ -360,10 +388,17 @@ class PeftModel(Module):
         rank 2r, s·(BA − B₀A₀) = s·[B, −B₀][A; A₀], which needs no changed base; or as it is, with `changed_base`.
 
         Raises:
-            ValueError: no adapter has this name.
+            ValueError: no adapter has this name, or this PeftModel has been unloaded; `path` is a file.
+            TypeError: a config that has no `to_dict`, and so no form in a file.
         """
         adapter_name = adapter_name or self.active_adapters[0]
-        self._existing("save_pretrained", [adapter_name])
+        self._existing("save_pretrained", adapter_name)
+        targets = [name for name, layer in self.adapter_layers() if adapter_name in layer.adapters]
+        if not targets:
+            raise ValueError("save_pretrained: no adapters are left; this PeftModel has been unloaded already")
+        if not hasattr(self.peft_config[adapter_name], "to_dict"):
+            kind = type(self.peft_config[adapter_name]).__name__
+            raise TypeError(f"save_pretrained: {kind} has no to_dict(), the content of adapter_config.json")
         if Path(path).exists() and not Path(path).is_dir():
             raise ValueError(f"path: {path} is a file; a directory is accepted")
         config, state = self.peft_config[adapter_name], self.adapter_state(adapter_name)
@@ -378,7 +413,6 @@ class PeftModel(Module):
         elif offsets:
             config = replace(config, init_lora_weights=True)
         config, values = self.methods[adapter_name].saved(self, config, values)
-        targets = [name for name, layer in self.adapter_layers() if adapter_name in layer.adapters]
         write_adapter(path, portable(config, targets), values)
 
     @classmethod
@@ -393,9 +427,11 @@ class PeftModel(Module):
             FileNotFoundError: no adapter_config.json or adapter_model.safetensors there.
             ValueError: not an adapter, or one that does not fit this model: which tensors are missing, too many or of
                 another shape.
+            TypeError: `model` is no Module, or has adapters already: use its `load_adapter`.
 
         Unless `is_trainable`, everything is frozen and in inference mode.
         """
+        _check_bare(model)
         config, values = _read(model, path, adapter_name, is_trainable)
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         peft_model._load(adapter_name, values)
@@ -411,6 +447,23 @@ class PeftModel(Module):
     def _load(self, adapter_name: str, values: dict[str, Array]) -> None:
         for name, parameter in self.adapter_state(adapter_name).items():
             assign(parameter, values[name])
+
+
+def _wrapped(method: Method, name: str, module: Module) -> AdapterLayer:
+    """The layer that takes the module's place: what the method's `wrap` gives, or a Replacement that holds it."""
+    made = method.wrap(name, module.base_layer if isinstance(module, Replacement) else module)
+    if isinstance(made, AdapterLayer):
+        return made
+    if not isinstance(made, Module):
+        raise TypeError(f"wrap: expected {type(method).__name__} to give a Module, got {type(made).__name__}")
+    if isinstance(module, AdapterLayer) and not isinstance(module, Replacement):
+        raise ValueError(
+            f"target_modules: {name!r} is a {type(module).__name__} already, and {type(made).__name__}, which "
+            f"{type(method).__name__} makes, is no AdapterLayer: it cannot be beside other adapters"
+        )
+    layer = module if isinstance(module, Replacement) else Replacement(module)
+    layer.replacement[method.adapter] = made
+    return layer
 
 
 def _read(

@@ -18,10 +18,9 @@ class Plan:
     """The modules a config adapts and saves, checked; making it changes nothing."""
 
     def __init__(self, model: Module, config: Any, adapter: str) -> None:
-        if not adapter or "." in adapter:
-            raise ValueError(f"adapter_name: got {adapter!r}; a name without dots is accepted")
+        check_adapter_name(adapter)
         self.config, self.adapter = config, adapter
-        self.method: Method = config.build()
+        self.method: Method = _method(config)
         self.saved = find_saved(model, getattr(config, "modules_to_save", None) or [])
         wanted = self.method.targets(model)
         self.targets = [
@@ -39,6 +38,26 @@ class Plan:
                     f"{type(self.method).__name__} cannot add an adapter to that"
                 )
             self.method.check(name, module)
+
+
+def check_adapter_name(name: Any) -> None:
+    """Raise ValueError unless it can be a part of a parameter's name."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"adapter_name: got {name!r}; a name without dots is accepted")
+
+
+def _method(config: Any) -> Method:
+    """What `config` builds; TypeError for what is no config here (PEFT's own configs, classes, dictionaries)."""
+    if not hasattr(config, "build") or isinstance(config, type):
+        kind = config if isinstance(config, type) else type(config)
+        raise TypeError(
+            f"config: got {'the class' if kind is config else 'a'} {kind.__module__}.{kind.__qualname__}; "
+            "a config of minipeft is accepted, such as LoraConfig(r=8), or an object whose build() gives a Method"
+        )
+    method = config.build()
+    if not isinstance(method, Method):
+        raise TypeError(f"config: build() of {type(config).__name__} gave a {type(method).__name__}, and no Method")
+    return method
 
 
 def find_targets(model: Module, target_modules: str | Iterable[str], kind: type[Module] = Linear) -> list[str]:
@@ -90,11 +109,12 @@ def output_heads(model: Module) -> set[str]:
 
 
 def find_saved(model: Module, names: Iterable[str]) -> list[str]:
-    """The names of the modules that `modules_to_save` means; one that lies inside another is saved with that one."""
+    """The names of the modules that `modules_to_save` means: all that end so, as in PEFT, where "norm" means
+    "input_layernorm" too. One that lies inside another is saved with that one."""
     modules = {name: module for name, module in outer_modules(model) if name}
     found: list[str] = []
     for wanted in names:
-        matching = [name for name in modules if name == wanted or name.endswith("." + wanted)]
+        matching = [name for name in modules if name.endswith(wanted)]
         if not matching:
             raise ValueError(f"modules_to_save: no module is called {wanted!r}; {closest(wanted, modules)}")
         for name in matching:

@@ -12,7 +12,17 @@ from safetensors.numpy import load_file
 from scipy.special import erf
 from twins import Net, batch
 
-from minipeft import BottleneckAdapterConfig, PeftModel, Tensor, fit, get_peft_model, gradcheck, ops, optim
+from minipeft import (
+    BottleneckAdapterConfig,
+    LoraConfig,
+    PeftModel,
+    Tensor,
+    fit,
+    get_peft_model,
+    gradcheck,
+    ops,
+    optim,
+)
 from minipeft.backend import count_flops, get_namespace, to_numpy
 from minipeft.methods.bottleneck import ACTIVATIONS, INITS, BottleneckLinear, bottleneck, init_bottleneck
 from minipeft.models import MLP, ViT
@@ -265,11 +275,22 @@ def test_merging_is_refused_with_the_reason_and_changes_nothing():
     np.testing.assert_array_equal(outputs(model), before)
 
 
+def test_an_adapter_beside_it_is_merged():
+    model = adapted()
+    model.add_adapter("lora", LoraConfig(r=2, target_modules=["head"], init_lora_weights=False))
+    model.set_adapter("lora")
+    expected = outputs(model)
+    model.merge_adapter()
+    np.testing.assert_allclose(outputs(model), expected, atol=1e-12)
+    np.testing.assert_allclose(outputs(model.merge_and_unload()), expected, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"bottleneck_size": 0}, r"bottleneck_size: got 0; an int of at least 1"),
         ({"bottleneck_size": 2.5}, r"bottleneck_size: got 2.5"),
+        ({"activation": ["relu"]}, r"activation: got \['relu'\]; accepted are 'relu', 'gelu'"),
         ({"activation": "sine"}, r"activation: got 'sine'; accepted are 'relu', 'gelu'"),
         ({"init_adapter_weights": True}, r"init_adapter_weights: got True; accepted are 'zero', 'tiny'"),
         ({"target_modules": []}, r"target_modules: got \[\]; a list of names"),

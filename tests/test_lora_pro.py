@@ -484,6 +484,8 @@ def test_full_refuses_an_optimizer_whose_rule_it_is_not(make, words):
         ({"variant": "adam"}, "variant: got 'adam'; accepted are 'plain', 'full'"),
         ({"X": "symmetry"}, "X: got 'symmetry'"),
         ({"rtol": 2}, "rtol: got 2"),
+        ({"rtol": "small"}, "rtol: got 'small'"),
+        ({"init_lora_weights": "loftq"}, "LoraProConfig has no 'loftq'; LoraConfig has it"),
         ({"use_dora": True}, "use_dora"),
         ({"r": 0}, "r: got 0"),
     ],

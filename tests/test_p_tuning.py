@@ -14,7 +14,7 @@ from twins import Net
 
 from minipeft import LoraConfig, PeftModel, PromptEncoderConfig, Tensor, fit, get_peft_model, gradcheck, ops, optim
 from minipeft.backend import get_namespace, to_numpy
-from minipeft.methods.p_tuning import LSTM, PromptEncoder, PromptLayer, lstm
+from minipeft.methods.p_tuning import LSTM, PromptEncoder, lstm
 from minipeft.models import MLP, ViT
 from minipeft.quant import quantize_model
 
@@ -340,7 +340,7 @@ def test_merging_is_refused_with_the_reason():
         with pytest.raises(ValueError, match=r"'model.virtual_tokens' cannot be merged: virtual tokens are an input"):
             merge()
     with pytest.raises(ValueError, match="virtual tokens are an input"):
-        PromptLayer(layer_of(model).base_layer).merge(["default"])
+        layer_of(model).merge(["default"])
 
 
 def test_a_run_stopped_between_ends_with_the_same_bits(tmp_path):

@@ -15,9 +15,11 @@ from twins import LINEARS, Net, assert_all_close, batch, loss_curve, start_from
 
 from minipeft import LoraConfig, PeftModel, Tensor, fit, get_peft_model, nn, ops, optim
 from minipeft.backend import get_namespace, to_numpy
+from minipeft.methods.base import AdapterLayer, Method
 from minipeft.methods.lora import INITS, OFFSET_INITS
 from minipeft.models import MLP
 from minipeft.models.vit import ViT
+from minipeft.nn import Parameter
 from minipeft.targets import SavedModule, find_targets
 
 EPS32, EPS64 = float(np.finfo("float32").eps), float(np.finfo("float64").eps)
@@ -198,7 +200,7 @@ def test_targets_that_do_not_exist_or_fit_are_refused_and_the_model_is_unchanged
     assert fingerprint(model) == before
 
 
-@pytest.mark.parametrize("name", ["", "a.b"])
+@pytest.mark.parametrize("name", ["", "a.b", 5, None])
 def test_adapter_names_without_dots_only(name):
     model = Net()
     before = fingerprint(model)
@@ -234,6 +236,21 @@ def test_a_model_that_has_adapters_is_refused_and_unchanged():
         with pytest.raises(TypeError, match="it has adapters already"):
             get_peft_model(again, LoraConfig(r=2))
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "words"),
+    [
+        (Net(), None, "config: got a builtins.NoneType; a config of minipeft is accepted"),
+        (Net(), {"r": 8}, "config: got a builtins.dict"),
+        (Net(), LoraConfig, "config: got the class minipeft.methods.lora.LoraConfig"),
+        (None, LoraConfig(), "model: expected a Module, got NoneType"),
+        (LoraConfig(), Net(), "model: expected a Module, got LoraConfig"),
+    ],
+)
+def test_what_is_no_model_or_no_config_is_named(model, config, words):
+    with pytest.raises(TypeError, match=words):
+        get_peft_model(model, config)
 
 
 # --- what trains ------------------------------------------------------------------------------------------------------
@@ -274,6 +291,12 @@ def test_modules_to_save_train_a_copy_and_the_original_stays():
     train(model)
     np.testing.assert_array_equal(base.head.original_module.weight.data, original)
     assert (base.head.modules_to_save["default"].weight.data != original).all()
+
+
+def test_modules_to_save_are_all_whose_name_ends_so_as_in_peft():
+    model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["fc"], modules_to_save=["_proj"]))
+    saved = {n for n, m in model.base_model.model.named_modules() if isinstance(m, SavedModule)}
+    assert saved == {name for name in LINEARS if name.endswith("_proj")}
 
 
 def test_a_module_inside_one_that_is_saved_is_saved_with_it():
@@ -512,6 +535,9 @@ def test_names_that_begin_alike_are_kept_apart():
         (lambda m: m.set_adapter("other"), "set_adapter: got .*other.*there are .*default.*second"),
         (lambda m: m.set_adapter(["default", "other"]), "other"),
         (lambda m: m.set_adapter([]), "set_adapter: got"),
+        (lambda m: m.set_adapter(None), r"set_adapter: got \[None\]"),
+        (lambda m: m.adapter_state("other"), "adapter_state: got"),
+        (lambda m: m.add_adapter(LoraConfig(), "third"), "adapter_name: got LoraConfig"),
         (lambda m: m.merge_adapter(["other"]), "merge_adapter: got"),
         (lambda m: m.merge_and_unload(["other"]), "merge_adapter: got"),
         (lambda m: m.unmerge_adapter(), "nothing is merged"),
@@ -588,6 +614,51 @@ def test_disabling_a_merged_model():
     np.testing.assert_allclose(outputs(model), expected, **SAME)
 
 
+def test_setting_an_adapter_takes_out_what_is_merged():
+    model = two_adapters()
+    model.set_adapter("second")
+    expected = outputs(model)
+    model.set_adapter("default")
+    model.merge_adapter()
+    model.set_adapter("second")
+    assert model.merged_adapters == []
+    np.testing.assert_allclose(outputs(model), expected, **SAME)
+
+
+def test_deleting_an_adapter_beside_a_merged_one_leaves_that_in_the_weights():
+    model = two_adapters()
+    model.merge_adapter()
+    expected = outputs(model)
+    model.delete_adapter("second")
+    assert model.merged_adapters == ["default"]
+    np.testing.assert_array_equal(outputs(model), expected)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self):
+        self.first, self.second = (nn.Linear(5, 5, False, "float64", 0) for _ in range(2))
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        """(B, 5) -> (B, 5)"""
+        return self.second(ops.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("options", [{}, {"init_lora_weights": "pissa"}, {"use_dora": True}])
+def test_an_adapter_of_one_of_two_tied_layers_leaves_the_other_alone(options):
+    model, base = get_peft_model(Tied(), LoraConfig(r=2, target_modules=["second"], **options)), outputs(Tied())
+    np.testing.assert_allclose(outputs(model), base, **SAME)
+    expected = outputs(randomize(model))
+    model.merge_adapter()
+    np.testing.assert_allclose(outputs(model), expected, **SAME)
+    with model.disable_adapter():
+        np.testing.assert_allclose(outputs(model), base, **SAME)
+    np.testing.assert_allclose(outputs(copy.deepcopy(model).unload()), base, **SAME)
+    np.testing.assert_allclose(outputs(model.merge_and_unload()), expected, **SAME)
+
+
 @pytest.mark.parametrize(("dtype", "eps"), [("float32", EPS32), ("float64", EPS64)])
 @pytest.mark.parametrize("init", [True, *INITS])
 def test_the_merged_model_gives_the_unmerged_outputs(xp, init, dtype, eps):
@@ -656,6 +727,144 @@ def test_merging_one_of_two_offset_adapters_gives_the_others_share_back():
 def test_an_unloaded_model_can_be_adapted_again():
     model = get_peft_model(adapted().merge_and_unload(), LoraConfig(r=1))
     np.testing.assert_allclose(outputs(model), outputs(adapted()), **SAME)
+
+
+@pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
+def test_after_unloading_there_is_nothing_to_save(unload, tmp_path):
+    model = adapted()
+    getattr(model, unload)()
+    with pytest.raises(ValueError, match="save_pretrained: no adapters are left"):
+        model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- a method of one's own --------------------------------------------------------------------------------------------
+
+
+class GainLinear(AdapterLayer):
+    """y = gain ∘ (W x): its delta, (gain − 1) W, is made of W."""
+
+    def __init__(self, base_layer):
+        super().__init__(base_layer)
+        self.gain = {}
+
+    @property
+    def adapters(self):
+        return list(self.gain)
+
+    def delta(self, adapter):
+        return (self.gain[adapter].data - 1)[:, None] * self.weight.data
+
+    def forward(self, x):
+        names = [] if self.disabled or self.merged else [name for name in self.active if name in self.gain]
+        y = ops.linear(x, self.weight)
+        for name in names:
+            y = y * self.gain[name]
+        return y if self.base_layer.bias is None else y + self.base_layer.bias
+
+
+class Gain(Method):
+    def wrap(self, name, linear):
+        layer = linear if isinstance(linear, GainLinear) else GainLinear(linear)
+        layer.gain[self.adapter] = Parameter(np.ones(layer.weight.shape[0]))
+        return layer
+
+
+class PlainGain(Method):
+    """The same by a module that knows nothing of adapters."""
+
+    def wrap(self, name, linear):
+        module = nn.Sequential(linear)
+        module.gain = Parameter(np.ones(linear.weight.shape[0]))
+        module.forward = lambda x: module[0](x) * module.gain
+        return module
+
+
+class OwnConfig:
+    """As little as a config can be."""
+
+    target_modules = "all-linear"
+
+    def __init__(self, method):
+        self.build = lambda: method(self)
+
+
+@pytest.mark.parametrize("method", [Gain, PlainGain])
+def test_a_method_of_ones_own_trains_switches_and_is_taken_off(method):
+    base = outputs(Net())
+    model = get_peft_model(Net(), OwnConfig(method))
+    np.testing.assert_array_equal(outputs(model), base)
+    frozen = {n: p.data.tobytes() for n, p in model.named_parameters() if not p.requires_grad}
+    train(model)
+    assert {n: p.data.tobytes() for n, p in model.named_parameters() if n in frozen} == frozen
+    assert len(model.adapter_state()) == len(trainable(model)) == len(LINEARS)
+    first = outputs(model)
+    assert (first != base).any()
+    model.add_adapter("second", OwnConfig(method))
+    for name, expected in {"second": base, "default": first}.items():
+        model.set_adapter(name)
+        np.testing.assert_array_equal(outputs(model), expected)
+    with model.disable_adapter():
+        np.testing.assert_array_equal(outputs(model), base)
+    model.delete_adapter("second")
+    np.testing.assert_array_equal(outputs(model), first)
+    np.testing.assert_array_equal(outputs(model.unload()), base)
+
+
+def test_a_delta_that_is_made_of_the_weight_is_taken_out_bit_for_bit():
+    model = get_peft_model(Net(), OwnConfig(Gain))
+    before = outputs(randomize(model))
+    model.merge_adapter()
+    np.testing.assert_allclose(outputs(model), before, **SAME)
+    with model.disable_adapter():
+        np.testing.assert_array_equal(outputs(model), outputs(Net()))
+    model.unmerge_adapter()
+    np.testing.assert_array_equal(outputs(model), before)
+    np.testing.assert_allclose(outputs(model.merge_and_unload()), before, **SAME)
+
+
+def test_a_module_without_delta_is_not_merged_and_not_put_around_adapters():
+    model = get_peft_model(Net(), OwnConfig(PlainGain))
+    with pytest.raises(ValueError, match="'fc' cannot be merged: its module says nothing of what it adds"):
+        model.merge_adapter()
+    model = adapted()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="'fc' is a LoraLinear already, and Sequential, which PlainGain makes"):
+        model.add_adapter("second", OwnConfig(PlainGain))
+    assert fingerprint(model) == before
+    assert list(model.peft_config) == model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "words"),
+    [
+        (type("NoWrap", (Method,), {}), NotImplementedError, r"NoWrap has no wrap\(\)"),
+        (type("Nothing", (Gain,), {"wrap": lambda *_: None}), TypeError, "expected Nothing to give a Module, got None"),
+        (lambda config: 5, TypeError, r"config: build\(\) of OwnConfig gave a int, and no Method"),
+    ],
+)
+def test_a_method_that_is_none_is_explained(method, error, words):
+    with pytest.raises(error, match=words):
+        get_peft_model(Net(), OwnConfig(method))
+
+
+def test_a_failure_in_a_hook_leaves_the_other_adapters_as_they_were():
+    class Broken(Gain):
+        def trained(self, model, own):
+            raise ZeroDivisionError
+
+    model = get_peft_model(Net(), OwnConfig(Gain))
+    before = fingerprint(model)
+    with pytest.raises(ZeroDivisionError):
+        model.add_adapter("second", OwnConfig(Broken))
+    assert fingerprint(model) == before
+    assert list(model.peft_config) == list(model.methods) == model.active_adapters == ["default"]
+
+
+def test_a_config_without_a_form_in_a_file_is_not_half_saved(tmp_path):
+    with pytest.raises(TypeError, match=r"OwnConfig has no to_dict\(\)"):
+        get_peft_model(Net(), OwnConfig(Gain)).save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- the model as an object -------------------------------------------------------------------------------------------
@@ -986,6 +1195,12 @@ def test_an_adapter_of_another_model_is_explained(adapter):
     with pytest.raises(ValueError, match=r"no module is called 'fc'; closest are .*fc1"):
         PeftModel.from_pretrained(base, adapter)
     assert fingerprint(base) == before
+
+
+def test_an_adapter_is_loaded_into_a_bare_model_only(adapter):
+    for model in (adapted(), adapted().get_base_model()):
+        with pytest.raises(TypeError, match="model: it has adapters already"):
+            PeftModel.from_pretrained(model, adapter)
 
 
 def test_a_path_that_does_not_exist(tmp_path):

@@ -78,11 +78,6 @@ class AdaLoraLinear(AdapterLayer):
         self.lora_B[adapter], self.lora_dropout[adapter] = Parameter(P), dropout
         self.ranknum[adapter], self.scaling[adapter] = float(ranknum), float(scaling)
 
-    def remove(self, adapter: str) -> None:
-        """Forget an adapter."""
-        for by_name in (self.lora_A, self.lora_E, self.lora_B, self.ranknum, self.scaling, self.lora_dropout):
-            del by_name[adapter]
-
     def parameters_of(self, adapter: str) -> tuple[Parameter, Parameter, Parameter]:
         """P (out, r), λ (r, 1) and Q (r, in)."""
         return self.lora_B[adapter], self.lora_E[adapter], self.lora_A[adapter]

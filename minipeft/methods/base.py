@@ -50,7 +50,11 @@ class Method:
         """Called once before attaching; LoRA-GA estimates gradients here."""
 
     def wrap(self, name: str, linear: Module) -> Module:
-        """The module that replaces `linear`, which is an nn.Linear or already this method's layer."""
+        """The module that replaces `linear`, which is an nn.Linear or already this method's layer.
+
+        An `AdapterLayer` has all that adapters can do. Any other module serves too (its own parameters train, it can be
+        switched, disabled, saved and unloaded), but cannot be merged.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no wrap()")
 
     def owned(self, model: Module, own: dict[str, Parameter]) -> dict[str, Parameter]:
@@ -110,6 +114,7 @@ class AdapterLayer(Module):
         base_layer: the frozen Linear.
         active: names of the adapters that take part in forward.
         merged: names of those whose `delta` is inside the weight now.
+        unmerged: W as it was, while adapters are merged.
         disabled: forward is the base layer's.
         unmergeable: why no weight can take over what the adapter does; empty where one can.
     """
@@ -120,6 +125,7 @@ class AdapterLayer(Module):
         self.base_layer = base_layer
         self.active: list[str] = []
         self.merged: list[str] = []
+        self.unmerged: Array | None = None
         self.disabled = False
 
     @property
@@ -136,18 +142,57 @@ class AdapterLayer(Module):
         """What PEFT's files call the parameter `lora_A.weight`: the same, but for PEFT's exceptions."""
         return name
 
+    def remove(self, adapter: str) -> None:
+        """Forget an adapter: what the layer's dictionaries have under its name."""
+        for value in vars(self).values():
+            if isinstance(value, dict):
+                value.pop(adapter, None)
+
     def delta(self, adapter: str) -> Array:
         """What the adapter adds to W, (out, in)."""
         raise NotImplementedError
 
     def merge(self, adapters: list[str]) -> None:
-        """W ← W + Σ delta, in W's dtype; W gets a new array."""
-        for adapter in adapters:
-            if adapter in self.adapters:
-                self.weight.data = self.weight.data + self.delta(adapter).astype(self.weight.dtype)
-                self.merged.append(adapter)
+        """W ← W + delta for each that the layer has, rounded to W's dtype; W gets a new array, the old one is kept.
+
+        Raises:
+            ValueError: no weight can take over what the adapter does.
+        """
+        own = [adapter for adapter in adapters if adapter in self.adapters]
+        if own and self.unmergeable:
+            raise ValueError(f"merge: {self.unmergeable}")
+        for adapter in own:
+            W = self.weight.data
+            self.unmerged = W if self.unmerged is None else self.unmerged
+            self.weight.data = (W + self.delta(adapter)).astype(W.dtype, copy=False)
+            self.merged.append(adapter)
 
     def unmerge(self) -> None:
-        """W ← W − Σ delta. Rounding stays: W comes back near, not bit for bit."""
-        while self.merged:
-            self.weight.data = self.weight.data - self.delta(self.merged.pop()).astype(self.weight.dtype)
+        """W as it was, bit for bit: subtracting would leave rounding, and a delta may depend on W."""
+        if self.unmerged is not None:
+            self.weight.data, self.unmerged = self.unmerged, None
+        self.merged.clear()
+
+
+class Replacement(AdapterLayer):
+    """The adapter layer around modules that are none: one for each adapter, in the place of the base layer.
+
+    Attributes:
+        replacement: by adapter name. What it shares with the base layer stays frozen, the rest is the adapter's.
+    """
+
+    unmergeable = "its module says nothing of what it adds to the weight; an AdapterLayer with delta() can be merged"
+
+    def __init__(self, base_layer: Module) -> None:
+        super().__init__(base_layer)
+        self.replacement: dict[str, Module] = {}
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of all adapters that this layer has."""
+        return list(self.replacement)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the first active adapter's module computes, or the base layer."""
+        names = [] if self.disabled else [name for name in self.active if name in self.replacement]
+        return (self.replacement[names[0]] if names else self.base_layer)(*args, **kwargs)

@@ -116,19 +116,6 @@ class BottleneckLinear(AdapterLayer):
         self.adapter_down[adapter], self.adapter_up[adapter] = down, up
         self.activation[adapter] = activation
 
-    def remove(self, adapter: str) -> None:
-        """Forget an adapter."""
-        for by_name in (self.adapter_down, self.adapter_up, self.activation):
-            del by_name[adapter]
-
-    def merge(self, adapters: list[str]) -> None:
-        """There is no such weight.
-
-        Raises:
-            ValueError: always, with the reason.
-        """
-        raise ValueError(f"merge: {self.unmergeable}")
-
     def forward(self, x: Any) -> Tensor:
         """(..., in) -> (..., out)"""
         h = y = self.base_layer(x)  # (..., in) -> (..., d)

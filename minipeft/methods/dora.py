@@ -16,6 +16,7 @@ from ..checks import check_choice
 from ..nn import Module, Parameter
 from ..quant.linear import QuantizedWeight, quantized_linear
 from ..tensor import Tensor, joint_result
+from .base import AdapterLayer
 from .lora import _DORA_CHOICES, Lora, LoraLinear, check_factors, lora_delta, shape_or_type
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
@@ -311,13 +312,11 @@ class DoraLinear(LoraLinear):
 
     Attributes:
         lora_magnitude_vector: by adapter name, m.
-        unmerged: W as it was, while adapters are merged: unmerging gives back its bits, which dividing by m would not.
     """
 
     def __init__(self, layer: LoraLinear) -> None:
         vars(self).update(vars(layer))
         self.lora_magnitude_vector: dict[str, Magnitude] = {}
-        self.unmerged: Array | None = None
 
     def add_magnitude(self, adapter: str, kind: str, norm: str) -> None:
         """Give an adapter the magnitude with which it starts as the identity: ‖W + s·B A‖ (Liu et al. 2024, eq. 5)."""
@@ -325,11 +324,6 @@ class DoraLinear(LoraLinear):
         A, B = self._factors(adapter)
         wide = W if W.dtype == A.dtype else W.astype(A.dtype)
         self.lora_magnitude_vector[adapter] = Magnitude(dora_norm(wide, A, B, self.scaling[adapter], kind=kind), norm)
-
-    def remove(self, adapter: str) -> None:
-        """Forget an adapter; what it took from W is given back."""
-        super().remove(adapter)
-        self.lora_magnitude_vector.pop(adapter, None)
 
     def _without(self, *active: str) -> Array:
         """W as these adapters see it: with what the resting ones took from it."""
@@ -367,10 +361,8 @@ class DoraLinear(LoraLinear):
         self.merged.extend(names)
 
     def unmerge(self) -> None:
-        """W as it was, bit for bit."""
-        if self.unmerged is not None:
-            self.weight.data, self.unmerged = self.unmerged, None
-        self.merged.clear()
+        """W as it was, bit for bit: dividing by m would not give it back."""
+        AdapterLayer.unmerge(self)
 
     def projection(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float] | None:
         """LoRA's, where no magnitude takes part; else None: layers of one x must not be computed as LoRA's are."""

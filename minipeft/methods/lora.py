@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import backend, ops
 from ..backend import Array, get_namespace
-from ..checks import check_choice, check_count
+from ..checks import check_choice, check_count, check_flag
 from ..nn import Dropout, Linear, Module, Parameter
 from ..quant.linear import QuantizedLinear, QuantizedWeight
 from ..tensor import Tensor, multi_result
@@ -136,9 +136,11 @@ def init_lora(
 
 
 def _pissa(W: Array, r: int, scaling: float) -> tuple[Array, Array]:
-    U, S, Vt = get_namespace(W).linalg.svd(W, full_matrices=False)
-    root = (S[:r] / scaling) ** 0.5
-    return root[:, None] * Vt[:r], U[:, :r] * root
+    from .lora_ga import leading_singular_vectors  # LoRA-GA is built on LoRA
+
+    U, S, Vt = leading_singular_vectors(W, r)  # a quarter of the whole SVD's time in float32, and as near
+    root = (S / scaling) ** 0.5
+    return root[:, None] * Vt, U * root
 
 
 def _olora(W: Array, r: int) -> tuple[Array, Array]:
@@ -277,28 +279,28 @@ class LoraLinear(AdapterLayer):
         self.scaling[adapter], self.lora_dropout[adapter] = scaling, dropout
         if offset:
             self.offset[adapter] = A.copy(), B.copy()
-            self.weight.data = unmerge_lora(self.weight.data, A, B, scaling)
+            W = self.weight  # a parameter of its own, since another module may share this one (a tied head)
+            self.base_layer.weight = Parameter(unmerge_lora(W.data, A, B, scaling), W.requires_grad)
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter; what it took from W is given back."""
         if adapter in self.offset:
             self.weight.data = merge_lora(self.weight.data, *self.offset.pop(adapter), self.scaling[adapter])
-        for by_name in (self.lora_A, self.lora_B, self.lora_dropout, self.scaling):
-            del by_name[adapter]
+        super().remove(adapter)
 
     def delta(self, adapter: str) -> Array:
         """ΔW = s·B A, (out, in)."""
-        return lora_delta(self.lora_A[adapter].weight.data, self.lora_B[adapter].weight.data, self.scaling[adapter])
+        return lora_delta(*self._factors(adapter), self.scaling[adapter])
 
     def merge(self, adapters: list[str]) -> None:
-        """W ← W + Σ s·B A."""
+        """W ← W + Σ s·B A. Nothing else is kept."""
         for name in adapters:
             if name in self.lora_A:
                 self.weight.data = merge_lora(self.weight.data, *self._factors(name), self.scaling[name])
                 self.merged.append(name)
 
     def unmerge(self) -> None:
-        """W ← W − Σ s·B A."""
+        """W ← W − Σ s·B A: up to rounding, not bit for bit."""
         while self.merged:
             name = self.merged.pop()
             self.weight.data = unmerge_lora(self.weight.data, *self._factors(name), self.scaling[name])
@@ -378,7 +380,7 @@ class LoraConfig:
         dora_magnitude: "column" (PEFT's) or "scalar" (the document's one magnitude for a matrix).
         dora_norm: "constant" (PEFT's, no gradient through the norm) or "graph". These two are not PEFT's.
         rank_pattern, alpha_pattern: r and α of single modules, by name, ending or regular expression.
-        modules_to_save: modules that are trained and saved whole.
+        modules_to_save: modules that are trained and saved whole: all whose name ends so, as in PEFT.
         bias: which biases train: "none", "all", "lora_only" (those of adapted layers).
 
     Raises:
@@ -421,29 +423,30 @@ class LoraConfig:
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in (*INITS, "loftq", "lora_ga"):
             accepted = f"True, False, {', '.join(map(repr, INITS))}, 'loftq', 'lora_ga'"
             raise ValueError(f"init_lora_weights: got {self.init_lora_weights!r}; accepted are {accepted}")
+        for name in ("use_rslora", "use_dora", "inference_mode"):
+            check_flag(name, getattr(self, name))
+        check_choice("peft_type", self.peft_type, (type(self).peft_type,))  # a file of another type is not read again
+        if self.init_lora_weights in ("loftq", "lora_ga"):
+            self._check_start(self.init_lora_weights)
         if self.init_lora_weights == "loftq" or self.loftq_config:
             from .qlora import loftq_config  # QLoRA is built on LoRA
 
             self.loftq_config = loftq_config(self.loftq_config)
-            if self.init_lora_weights == "loftq" and self.use_dora:
-                raise ValueError("use_dora: got True with init_lora_weights='loftq'; False is accepted")
         if self.init_lora_weights == "lora_ga" or self.lora_ga_config:
-            self._check_lora_ga()
-        if not isinstance(self.use_dora, bool):
-            raise ValueError(f"use_dora: got {self.use_dora!r}; True and False are accepted")
+            from .lora_ga import lora_ga_config  # LoRA-GA is built on LoRA
+
+            self.lora_ga_config = lora_ga_config(self.lora_ga_config)
         for name, accepted in _DORA_CHOICES.items():
             check_choice(name, getattr(self, name), accepted)
             if not self.use_dora and getattr(self, name) != accepted[0]:
                 raise ValueError(f"{name}: got {getattr(self, name)!r} without use_dora; use_dora=True is accepted")
 
-    def _check_lora_ga(self) -> None:
-        from .lora_ga import lora_ga_config  # LoRA-GA is built on LoRA
-
-        self.lora_ga_config = lora_ga_config(self.lora_ga_config)
-        if self.init_lora_weights == "lora_ga" and self.use_dora:
-            raise ValueError("use_dora: got True with init_lora_weights='lora_ga'; False is accepted")
-        if self.init_lora_weights == "lora_ga" and type(self) is not LoraConfig:
-            raise ValueError(f"init_lora_weights: {type(self).__name__} has no 'lora_ga'; LoraConfig has it")
+    def _check_start(self, init: str) -> None:
+        """Refuse what cannot be with a start that is a method of its own."""
+        if self.use_dora:
+            raise ValueError(f"use_dora: got True with init_lora_weights={init!r}; False is accepted")
+        if type(self) is not LoraConfig:
+            raise ValueError(f"init_lora_weights: {type(self).__name__} has no {init!r}; LoraConfig has it")
 
     def build(self) -> Lora:
         """The method that this config describes."""
@@ -523,7 +526,7 @@ def check_positive(argument: str, value: Any) -> float:
     Raises:
         ValueError: it is no number, or not in (0, ∞).
     """
-    if not isinstance(value, int | float | np.number) or not 0 < value < float("inf"):
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise ValueError(f"{argument}: got {value!r}; a positive number is accepted")
     return value if isinstance(value, int) else float(value)
 

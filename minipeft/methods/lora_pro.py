@@ -186,8 +186,8 @@ class LoraProConfig(LoraConfig):
         super().__post_init__()
         check_choice("variant", self.variant, VARIANTS)
         check_choice("X", self.X, XS)
-        if self.rtol is not None and not 0 <= self.rtol < 1:
-            raise ValueError(f"rtol: got {self.rtol}; a number in [0, 1), or None, is accepted")
+        if self.rtol is not None and not (isinstance(self.rtol, int | float | np.number) and 0 <= self.rtol < 1):
+            raise ValueError(f"rtol: got {self.rtol!r}; a number in [0, 1), or None, is accepted")
 
     def build(self) -> LoraPro:
         """The method that this config describes."""

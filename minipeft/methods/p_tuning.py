@@ -177,18 +177,6 @@ class PromptLayer(AdapterLayer):
         """The names of all adapters that this layer has."""
         return list(self.prompt_encoder)
 
-    def remove(self, adapter: str) -> None:
-        """Forget an adapter."""
-        del self.prompt_encoder[adapter]
-
-    def merge(self, adapters: list[str]) -> None:
-        """There is no weight.
-
-        Raises:
-            ValueError: always, with the reason.
-        """
-        raise ValueError(f"merge: {self.unmergeable}")
-
     def _active(self) -> list[PromptEncoder]:
         return [] if self.disabled else [self.prompt_encoder[n] for n in self.active if n in self.prompt_encoder]
 

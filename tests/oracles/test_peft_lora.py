@@ -30,7 +30,7 @@ configs = st.fixed_dictionaries(
         "use_rslora": st.booleans(),
         "init_lora_weights": st.sampled_from([True, False, "gaussian"]),
         "bias": st.sampled_from(["none", "all", "lora_only"]),
-        "modules_to_save": st.sampled_from([None, ["head"], ["norm"], ["norm", "head"], ["layers.1"]]),
+        "modules_to_save": st.sampled_from([None, ["head"], ["norm"], ["orm", "head"], ["layers.1"]]),
         "target_modules": st.sampled_from(
             [
                 LINEARS,
