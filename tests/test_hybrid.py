@@ -320,6 +320,15 @@ def test_merging_gives_a_plain_model_with_the_same_outputs():
     np.testing.assert_allclose(outputs(merged), expected, atol=1e-13)
 
 
+def test_saved_while_merged_it_is_the_same(tmp_path):
+    model = hybrid()
+    run(model)
+    expected = outputs(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    np.testing.assert_allclose(outputs(PeftModel.from_pretrained(Net(), tmp_path)), expected, atol=1e-13)
+
+
 def test_with_the_adapter_off_it_is_what_the_full_phase_made():
     full, model = Net(), hybrid()
     run(full, SWITCH)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array
-from ..checks import check_count
+from ..checks import check_count, check_flag
 from ..nn import Module, Parameter
 from ..quant.linear import QuantizedLinear
 from .lora import OFFSET_INITS, Lora, LoraConfig, LoraLinear
@@ -67,8 +67,7 @@ class FullThenLoraConfig(LoraConfig):
         super().__post_init__()
         full_steps(self.fraction, 1 if self.total_step is None else self.total_step)
         self.fraction = float(self.fraction)
-        if not isinstance(self.train_head, bool):
-            raise ValueError(f"train_head: got {self.train_head!r}; True and False are accepted")
+        check_flag("train_head", self.train_head)
         if self.use_dora:
             raise ValueError("use_dora: its magnitude is made of W, which trains first; False is accepted")
         if self.init_lora_weights is False or self.init_lora_weights in OFFSET_INITS:
@@ -239,8 +238,13 @@ class FullThenLora(Lora):
     # saving
 
     def saved(self, model: Module, config: Any, values: dict[str, Array]) -> tuple[Any, dict[str, Array]]:
-        """Where the full phase is over the file says fraction = 0: training that goes on from it is LoRA's."""
-        config, values = super().saved(model, config, values)
+        """The weights without what is merged into them. Where the full phase is over the file says fraction = 0:
+        training that goes on from it is LoRA's."""
+        config, values = super().saved(model, config, dict(values))
+        for name, layer in model.adapter_layers():
+            for merged in layer.merged:
+                key = f"base_model.model.{name}.base_layer.weight"
+                values[key] = (values[key] - layer.delta(merged)).astype(values[key].dtype)
         return (replace(config, fraction=0.0) if self.phase == "lora" else config), values
 
     def state_dict(self) -> dict[str, Array]:
