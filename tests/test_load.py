@@ -144,6 +144,15 @@ def test_the_head_that_a_tied_model_stores_again_and_old_frequencies_are_passed_
     np.testing.assert_array_equal(load_model(tmp_path)(IDS).data, cases.llama("qwen2", "float32")(IDS).data)
 
 
+def test_a_tied_head_that_an_adapter_was_merged_into_is_saved_as_its_own(tmp_path):
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(cases.llama("qwen2"), config).merge_and_unload()
+    again = load_model(save_model(model, tmp_path), dtype="float64")
+    assert not again.config.tie_word_embeddings
+    np.testing.assert_array_equal(again(IDS).data, model(IDS).data)
+    assert (again(IDS).data != cases.llama("qwen2")(IDS).data).any()
+
+
 def test_loading_never_holds_two_copies(tmp_path):
     """NumPy reports its arrays to tracemalloc; maps of files are not among them."""
     config = LlamaConfig(2000, 128, 256, 6, 4, tie_word_embeddings=True)

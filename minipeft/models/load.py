@@ -105,7 +105,10 @@ def save_model(model: Any, directory: str | os.PathLike, tokenizer: Any = None) 
     if not isinstance(model, Llama):
         raise TypeError(f"model: got {type(model).__name__}; a Llama is accepted (of a PeftModel, merge_and_unload())")
     coded_weights = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if model.state_dict().keys() | coded_weights != _names(model.config):
+    names, model_config = model.state_dict().keys() | coded_weights, model.config
+    if "lm_head.weight" in names:  # a tied head that an adapter was merged into has a weight of its own since
+        model_config = replace(model_config, tie_word_embeddings=False)
+    if names != _names(model_config):
         raise TypeError(
             "model: it has adapters; save what merge_and_unload() gives, or the adapter by save_pretrained()"
         )
@@ -120,7 +123,7 @@ def save_model(model: Any, directory: str | os.PathLike, tokenizer: Any = None) 
     write_json(directory / "generation_config.json", ends)
     dtype = model.model.embed_tokens.weight.dtype.name
     codes = quantization_config(model)
-    config = to_hugging_face(model.config, dtype) | ({"quantization_config": codes} if codes else {})
+    config = to_hugging_face(model_config, dtype) | ({"quantization_config": codes} if codes else {})
     write_json(directory / "config.json", config)
     return directory
 
