@@ -451,6 +451,14 @@ def test_one_element_is_coded_exactly(quant_type):
     assert Linear4bit.from_linear(nn.Linear(1, 1, rng=0))(Tensor(np.ones((1, 1), np.float32))).shape == (1, 1)
 
 
+NESTED = {
+    "absmax": np.zeros(1, "uint8"),
+    "nested_absmax": np.ones(1, "float32"),
+    "offset": np.float32(0),
+    "nested_blocksize": 256,
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -460,6 +468,12 @@ def test_one_element_is_coded_exactly(quant_type):
         ({"absmax": np.zeros(1, "float64")}, "absmax: got 1 × float64"),
         ({"blocksize": 48}, "blocksize: got 48"),
         ({"quant_type": "nf9"}, "quant_type: got 'nf9'"),
+        ({"codes": np.zeros((32, 1), "uint8")}, "codes: got 32 × 1 × uint8; .* needs 32 × uint8"),
+        ({"codes": np.zeros(0, "uint8"), "absmax": np.zeros(0, "float32"), "shape": (0, 8)}, r"shape: got \(0, 8\)"),
+        ({"nested_absmax": np.ones(1, "float32")}, "offset, nested_absmax, nested_blocksize: got some of them"),
+        (NESTED | {"nested_blocksize": 0}, "nested_blocksize: got 0; an int of at least 1"),
+        (NESTED | {"nested_absmax": np.ones(2, "float32")}, "nested_absmax: got 2 × float32; .* needs 1 × float32"),
+        (NESTED | {"offset": np.zeros(1, "float32")}, "offset: got 1 × float32; .* needs float32"),
     ],
 )
 def test_a_state_whose_shapes_do_not_match_its_codes_is_refused(changes, words):

@@ -432,10 +432,11 @@ def test_double_quantization_refuses_what_it_cannot_code():
     q = quant.quantize_nf4(np.ones(128, np.float32))
     with pytest.raises(ValueError, match=r"^q: its block maxima are quantized already"):
         quant.double_quantize(quant.double_quantize(q))
-    with pytest.raises(ValueError, match=r"^blocksize: got 0; an int of at least 1"):
-        quant.double_quantize(q, blocksize=0)
-    with pytest.raises(ValueError, match=r"^threads: got 0; None or at least 1"):
-        quant.double_quantize(q, threads=0)
+    for wrong in (0, True, 2.5, "two"):
+        with pytest.raises(ValueError, match=rf"^blocksize: got {wrong!r}; an int of at least 1"):
+            quant.double_quantize(q, blocksize=wrong)
+        with pytest.raises(ValueError, match=rf"^threads: got {wrong!r}; an int of at least 1"):
+            quant.double_quantize(q, threads=wrong)
     huge = quant.quantize_nf4(np.full(128, 3e38, np.float32))
     with pytest.raises(ValueError, match=r"^q: the sum of its block maxima is beyond"):
         quant.double_quantize(huge)
@@ -449,5 +450,10 @@ def test_llm_int8_refuses_what_does_not_fit():
         quant.llm_int8(X[0], X)
     with pytest.raises(ValueError, match=r"^threshold: got -1"):
         quant.llm_int8(X, X, threshold=-1)
-    with pytest.raises(ValueError, match=r"^X: 1 of 2 blocks hold NaN"):
-        quant.llm_int8(np.array([[1, np.nan], [1, 1]], np.float32), X[:, :2])
+    for bad in (np.nan, 1e300):  # float64 numbers may be beyond float32's range: without a warning on the way
+        with pytest.raises(ValueError, match=r"^X: 1 of 2 rows hold NaN, or numbers beyond"):
+            quant.llm_int8(np.array([[1, bad], [1, 1]]), X[:, :2])
+        with pytest.raises(ValueError, match=r"^W: 1 of 2 rows hold NaN, or numbers beyond"):
+            quant.llm_int8(X[:, :2], np.array([[1, bad], [1, 1]]))
+    with pytest.raises(ValueError, match=r"^W: got shape \(3,\); a matrix"):
+        quant.llm_int8(X, X[0])

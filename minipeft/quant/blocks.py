@@ -60,12 +60,12 @@ def flat_floats(argument: str, W: Any) -> Array:
     return W.reshape(-1)
 
 
-def check_finite(argument: str, absmax: Array) -> None:
-    """ValueError unless all block maxima are finite, which they are exactly where all elements are."""
+def check_finite(argument: str, absmax: Array, parts: str = "blocks") -> None:
+    """ValueError unless all maxima, of blocks or other `parts`, are finite: exactly then all elements are."""
     bad = ~get_namespace(absmax).isfinite(absmax)
     if bad.any():
         raise ValueError(
-            f"{argument}: {int(bad.sum())} of {absmax.size} blocks hold NaN, or numbers beyond float32's range; "
+            f"{argument}: {int(bad.sum())} of {absmax.size} {parts} hold NaN, or numbers beyond float32's range; "
             "finite numbers are accepted"
         )
 

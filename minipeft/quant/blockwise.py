@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import backend
 from ..backend import Array, get_namespace
+from ..checks import check_count
 from . import blocks
 from .blocks import check_blocksize, check_finite, flat_floats, quietly
 from .codes import bits_of, midpoints, pack, table_of, unpack
@@ -28,7 +29,7 @@ SMALLEST = 1e-38
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A tensor as codes. Immutable; `dequantize` gives the numbers. ValueError where the parts do not fit each other.
+    """A tensor as codes. Immutable; `dequantize` gives the numbers.
 
     Attributes:
         codes: the packed codes, (⌈size·bits/8⌉,) uint8 (see `codes.pack`).
@@ -39,6 +40,10 @@ class QuantizedTensor:
         quant_type: the table's name: "nf4", "fp4", "nf3", "int8" …
         offset, nested_absmax, nested_blocksize: of double quantization: the mean that was taken from the block maxima
             (float32, no axes), the largest magnitude of each block of what was left, and that block's length.
+
+    Raises:
+        ValueError: parts that do not fit each other, or are missing; no elements; an unknown code or blocksize.
+        TypeError: a dtype that is no float.
     """
 
     codes: Array
@@ -53,17 +58,26 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         check_blocksize(self.blocksize)
+        if not backend.is_float(self.dtype):
+            raise TypeError(f"dtype: got {self.dtype}; a float dtype is accepted")
+        if any(n < 1 for n in self.shape):
+            raise ValueError(f"shape: got {self.shape}; at least one element is accepted")
+        second = (self.offset, self.nested_absmax, self.nested_blocksize)
+        if 0 < sum(part is None for part in second) < len(second):
+            raise ValueError("offset, nested_absmax, nested_blocksize: got some of them; all or none are accepted")
         bits, count = bits_of(table_of(self.quant_type)), -(-self.size // self.blocksize)
-        needed = {"codes": (-(-self.size * bits // 8), "uint8"), "absmax": (count, "float32")}
+        needed = {"codes": ((-(-self.size * bits // 8),), "uint8"), "absmax": ((count,), "float32")}
         if self.nested:
-            needed["absmax"] = (count, "uint8")
-            needed["nested_absmax"] = (-(-count // max(self.nested_blocksize or 1, 1)), "float32")
-        for name, (size, dtype) in needed.items():
+            length = check_count("nested_blocksize", self.nested_blocksize)
+            needed |= {"absmax": ((count,), "uint8"), "offset": ((), "float32")}
+            needed["nested_absmax"] = (-(-count // length),), "float32"
+        for name, (shape, dtype) in needed.items():
             part = getattr(self, name)
-            if part.size != size or part.dtype != dtype:
+            if part.shape != shape or part.dtype != dtype:
+                got, wanted = (" × ".join(map(str, (*s, d))) for s, d in ((part.shape, part.dtype), (shape, dtype)))
                 raise ValueError(
-                    f"{name}: got {part.size} × {part.dtype}; {self.quant_type} of shape {self.shape} in blocks of "
-                    f"{self.blocksize} needs {size} × {dtype}"
+                    f"{name}: got {got}; {self.quant_type} of shape {self.shape} in blocks of {self.blocksize} needs "
+                    f"{wanted}"
                 )
 
     @property
@@ -88,8 +102,6 @@ class QuantizedTensor:
 
     def to(self, device: Any = None, dtype: Any = None) -> QuantizedTensor:
         """The same codes on another device, or dequantized to another dtype from now on."""
-        if dtype is not None and not backend.is_float(dtype):
-            raise TypeError(f"dtype: got {np.dtype(dtype)}; a float dtype is accepted")
         arrays = ("codes", "absmax", "offset", "nested_absmax") if device is not None else ()
         moved = {name: backend.move(getattr(self, name), device) for name in arrays if getattr(self, name) is not None}
         return replace(self, dtype=np.dtype(dtype or self.dtype), **moved)

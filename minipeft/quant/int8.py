@@ -107,15 +107,21 @@ def quantize_rows(X: Array, threshold: float = 0.0) -> RowQuantized:
         TypeError: X holds no floats.
         ValueError: X is no matrix, empty or not finite; a negative threshold.
     """
-    flat_floats("X", X)
+    return _rows("X", X, threshold)
+
+
+def _rows(argument: str, X: Array, threshold: float) -> RowQuantized:
+    """See `quantize_rows`; errors name the argument."""
+    flat_floats(argument, X)
     if X.ndim != 2:
-        raise ValueError(f"X: got shape {X.shape}; a matrix is accepted")
+        raise ValueError(f"{argument}: got shape {X.shape}; a matrix is accepted")
     if not threshold >= 0:
         raise ValueError(f"threshold: got {threshold}; at least 0 is accepted")
     xp = get_namespace(X)
-    x = X.astype(xp.float32, copy=False)
+    with np.errstate(over="ignore"):  # an error below
+        x = X.astype(xp.float32, copy=False)
     magnitude = xp.abs(x)
-    check_finite("X", magnitude.max(axis=1))
+    check_finite(argument, magnitude.max(axis=1), "rows")
     outlying = magnitude >= threshold if threshold else xp.zeros(x.shape, bool)
     columns = outlying.any(axis=0)
     absmax = xp.where(outlying, xp.float32(0), magnitude).max(axis=1)
@@ -144,9 +150,9 @@ def llm_int8(X: Array, W: Array | RowQuantized, threshold: float = 6.0) -> Array
     Raises:
         TypeError, ValueError: as `quantize_rows`, and X and W do not fit.
     """
-    x = quantize_rows(X, threshold)
+    x = _rows("X", X, threshold)
     given = isinstance(W, RowQuantized)
-    w = W if given else quantize_rows(W)
+    w = W if given else _rows("W", W, 0.0)
     if w.codes.shape[1] != X.shape[1]:
         raise ValueError(f"W: got shape {w.codes.shape} (out, in); X {X.shape} (N, in) needs in = {X.shape[1]}")
     xp = get_namespace(X)

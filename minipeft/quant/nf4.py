@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..backend import Array, get_namespace
+from ..checks import check_count
 from . import blocks
 from .blocks import quietly
 from .blockwise import QuantizedTensor, bits_per_parameter, block_maxima, dequantize, quantize
@@ -62,10 +63,9 @@ def double_quantize(q: QuantizedTensor, blocksize: int = 256, threads: int | Non
     """
     if q.nested:
         raise ValueError("q: its block maxima are quantized already; dequantize and quantize anew to change them")
-    if not isinstance(blocksize, int) or blocksize < 1:
-        raise ValueError(f"blocksize: got {blocksize!r}; an int of at least 1 is accepted")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads: got {threads!r}; None or at least 1 is accepted")
+    blocksize = check_count("blocksize", blocksize)
+    if threads is not None:
+        check_count("threads", threads)
     offset = quietly(blocks.torch_mean)(q.absmax, threads)
     if not get_namespace(offset).isfinite(offset):
         raise ValueError("q: the sum of its block maxima is beyond float32's range; smaller weights are accepted")
