@@ -230,6 +230,8 @@ def test_a_report_speaks_and_modes_stay():
     _, report = finish_qlora(model, "keep", inputs=(x,))
     assert model.training
     assert str(report).startswith("keep: outputs off by 0.0e+00 (rms)")
+    assert f"{report.bytes_before / 1e6:.2f} MB before" in str(report)
+    assert "0.00 MB" not in str(report)
     assert isinstance(report, FinishReport)
 
 
@@ -282,13 +284,14 @@ def test_finishing_works_on_every_array_library(xp):
     np.testing.assert_allclose(report.max_error, error_of(to_numpy(y), expected)[0], rtol=1e-3)
 
 
-def test_a_merge_that_fails_changes_nothing():
+@pytest.mark.parametrize("how", ["merge", "requantize"])
+def test_a_merge_that_fails_changes_nothing(how):
     model, x = adapted("mlp")
     factor = dict(model.adapter_layers())["fc2"].lora_B["default"].weight
     whole, factor.data = factor.data, factor.data.copy()
     factor.data[0] = np.nan
-    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match=r"finite numbers are accepted"):
-        finish_qlora(model, "requantize", inputs=x)
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match=r"^peft_model: fc2 with .* is not finite"):
+        finish_qlora(model, how, inputs=x)
     factor.data = whole
     assert all(isinstance(layer.base_layer, Linear4bit) for _, layer in model.adapter_layers())
     assert model.merged_adapters == []

@@ -223,7 +223,7 @@ class FinishReport:
     def __str__(self) -> str:
         return (
             f"{self.how}: outputs off by {self.rms_error:.1e} (rms) and {self.max_error:.1e} (max) of the unmerged "
-            f"model's; {self.bytes_before / 1e6:,.1f} MB before, {self.bytes_after / 1e6:,.1f} MB after"
+            f"model's; {self.bytes_before / 1e6:,.2f} MB before, {self.bytes_after / 1e6:,.2f} MB after"
         )
 
 
@@ -245,8 +245,8 @@ def finish_qlora(peft_model: Module, how: str = "keep", *, inputs: Any) -> tuple
 
     Raises:
         TypeError: not a PeftModel.
-        ValueError: an unknown way; no adapters beside codes, as after merging once; adapters that are merged; weights
-            that are not finite.
+        ValueError: an unknown way; no adapters beside codes, as after merging once; adapters that are merged; a merged
+            weight that is not finite.
     """
     check_choice("how", how, WAYS)
     if not hasattr(peft_model, "adapter_layers"):
@@ -283,7 +283,7 @@ def _nbytes(model: Module) -> int:
 def _merged(peft_model: Module, layers: dict[str, AdapterLayer], requantize: bool) -> Module:
     """The base with the active adapters inside, as codes again or in full precision."""
     names = list(peft_model.active_adapters)
-    bases = {name: _merged_base(layer, names, requantize) for name, layer in layers.items()}
+    bases = {name: _merged_base(name, layer, names, requantize) for name, layer in layers.items()}
     for name, layer in peft_model.adapter_layers():
         if name in bases:
             layer.base_layer, layer.merged = bases[name], [n for n in names if n in layer.adapters]
@@ -293,11 +293,15 @@ def _merged(peft_model: Module, layers: dict[str, AdapterLayer], requantize: boo
     return model if requantize else dequantize_model(model)
 
 
-def _merged_base(layer: AdapterLayer, names: list[str], requantize: bool) -> Linear:
+def _merged_base(name: str, layer: AdapterLayer, names: list[str], requantize: bool) -> Linear:
     """The layer's new base; the layer itself stays as it is."""
     q, trial = layer.base_layer.quantized, copy.copy(layer)
     trial.base_layer, trial.merged = layer.base_layer.to_linear(), []
     trial.merge(names)
+    if not get_namespace(q.codes).isfinite(trial.weight.data).all():
+        raise ValueError(
+            f"peft_model: {name} with its adapters {names} merged is not finite; finite weights are accepted"
+        )
     if not requantize:
         return trial.base_layer
     code = coded(trial.weight.data, q.quant_type, q.blocksize, q.nested)
