@@ -28,7 +28,7 @@ STYLES = {  # colour, dashes, marker: distinct without colour too
     "adalora": (PINK, (0, (8, 2, 2, 2)), "X"),
     "lora-ga": (INK, (0, (2, 1)), "D"),
     "lora-pro": (GREY, (0, (4, 1, 1, 1, 1, 1)), "*"),
-    "lora-pro-full": (VERMILION, (0, (5, 1.5, 1, 1.5)), "1"),
+    "lora-pro-full": (VERMILION, (0, (5, 1.5, 1, 1.5)), "H"),
     "pissa": (PINK, (0, (1, 1)), "h"),
     "loftq": (ORANGE, (0, (1, 1)), "p"),
     "full-then-lora": (VERMILION, (0, (1, 1)), "d"),
@@ -130,7 +130,7 @@ PANELS = {  # no panel with more lines than can be told apart; LoRA is in both, 
     ("LoRA and its variants", "LoRA 及其变体"): [
         "lora", "rslora", "dora", "adalora", "lora-ga", "lora-pro", "lora-pro-full", "pissa",
     ],
-    ("and others", "其他方法"): ["lora", "full", "full-then-lora", "qlora", "qdora", "loftq", "adapter"],
+    ("other methods", "其他方法"): ["lora", "full", "full-then-lora", "qlora", "qdora", "loftq", "adapter"],
 }  # fmt: skip
 
 
