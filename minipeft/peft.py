@@ -15,7 +15,7 @@ import numpy as np
 
 from .adapter_files import check_fit, portable, read_adapter, without_offset, write_adapter
 from .backend import Array, generator
-from .methods.base import AdapterLayer, Method, Replacement
+from .methods.base import STEP_HOOKS, AdapterLayer, Method, Replacement
 from .methods.lora import LoraLinear
 from .nn import Module, Parameter, assign
 from .quant.linear import QuantizedLinear
@@ -107,8 +107,20 @@ class PeftModel(Module):
 
     @property
     def method(self) -> Method:
-        """The active adapter's method; `fit` calls its hooks."""
-        return self.methods[self.active_adapters[0]]
+        """The active adapter's method; `fit` calls its hooks. Of several active ones, the first's.
+
+        Raises:
+            ValueError: another of them acts between steps as well: AdaLoRA's ranks would never move.
+        """
+        first, *others = self.active_adapters
+        for name in others:
+            kind, trains = type(self.methods[name]), any(p.requires_grad for p in self.adapter_state(name).values())
+            if trains and any(getattr(kind, hook) is not getattr(Method, hook) for hook in STEP_HOOKS):
+                raise ValueError(
+                    f"set_adapter: of {self.active_adapters} {name!r} ({kind.__name__}) acts between steps, which only "
+                    f"the first can; set_adapter({name!r}), or a list that begins with it, is accepted"
+                )
+        return self.methods[first]
 
     def adapter_layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """The wrapped layers with their names in the base model."""

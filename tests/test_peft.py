@@ -13,7 +13,7 @@ from peft_references import CONFIG, REFERENCE, base_of, kept_in, part
 from safetensors.numpy import load_file, save_file
 from twins import LINEARS, Net, assert_all_close, batch, loss_curve, start_from
 
-from minipeft import LoraConfig, PeftModel, Tensor, fit, get_peft_model, nn, ops, optim
+from minipeft import AdaLoraConfig, LoraConfig, PeftModel, Tensor, fit, get_peft_model, nn, ops, optim
 from minipeft.backend import get_namespace, to_numpy
 from minipeft.methods.base import AdapterLayer, Method
 from minipeft.methods.lora import INITS, OFFSET_INITS
@@ -468,6 +468,17 @@ def test_two_active_adapters_train_together():
     train(model)
     changed = {n for n, p in model.named_parameters() if p.data.tobytes() != before[n]}
     assert changed == expected_names(LINEARS) | expected_names(LINEARS, adapter="second")
+
+
+def test_of_several_active_adapters_only_the_first_may_act_between_steps():
+    model = get_peft_model(Net(), LoraConfig(r=1, target_modules=["q_proj"]))
+    model.add_adapter("ada", AdaLoraConfig(init_r=3, target_r=1, total_step=5, target_modules=["fc"]))
+    model.set_adapter(["default", "ada"])
+    with pytest.raises(ValueError, match=r"'ada' \(AdaLora\) acts between steps, which only the first can"):
+        train(model)
+    model.set_adapter(["ada", "default"])
+    train(model)
+    assert model.method.ranks(model) == {"fc": 1}
 
 
 def test_a_name_given_twice_counts_once():

@@ -329,14 +329,9 @@ class AdaLora(Method):
         """A new schedule, unless the ranks are settled already: they stay then, whatever is trained after.
 
         Raises:
-            ValueError: `fit` runs another number of steps than the schedule is for, or more than one AdaLoRA adapter
-                trains, whose budgets are not one.
+            ValueError: `fit` runs another number of steps than the schedule is for.
         """
         self._known = (lambda: None, [])  # adapters may have been added since
-        every = [layer for layer in model.modules() if isinstance(layer, AdaLoraLinear)]
-        training = {n for layer in every for n in layer.active if n in layer.lora_E and layer.lora_E[n].requires_grad}
-        if training - {self.adapter}:
-            raise ValueError(f"set_adapter: {sorted(training)} would train together; AdaLoRA trains one at a time")
         ranks = self.ranks(model)
         spare = sum(ranks.values()) > self.config.target_r * len(ranks)
         if spare and self.run_steps not in (None, self.config.total_step):

@@ -15,6 +15,8 @@ from ..backend import Array
 from ..nn import Linear, Module, Parameter
 from ..tensor import Tensor
 
+STEP_HOOKS = ("changed", "start", "penalty", "before_step", "after_step")  # those that `fit` calls
+
 
 class Method:
     """A way of fine-tuning. Only `wrap` must be written; the other hooks do nothing unless a method needs them.

@@ -369,7 +369,8 @@ class LoraConfig:
         lora_alpha: α in s = α/r.
         lora_dropout: the probability of dropping an element of the adapter's input while training.
         target_modules: `"all-linear"` (or the document's `"ALL"`: every Linear but the output head), a regular
-            expression that a whole name must match, or names and endings of names.
+            expression that a whole name must match, or names and endings of names. Left out, "all-linear"; PEFT has a
+            choice of its own for each kind of model then.
         init_lora_weights: True (PEFT's default, `"kaiming"`), False (A and B both random: not the identity, for tests),
             one of `INITS`; `"loftq"`: the weight becomes codes, and A and B start as what these lack; or `"lora_ga"`:
             A and B start in the full gradient's singular vectors (methods/lora_ga.py).
