@@ -524,6 +524,24 @@ def test_dropout_is_the_identity_unless_training():
     assert ops.dropout(x, 0.0) is x
 
 
+def test_a_class_may_be_the_one_that_is_ignored(xp):
+    """Padding with a token of the vocabulary: rows of that class count neither in the sum nor in n."""
+    x, weight = leaf(xp, (4, 3)), leaf(xp, (5, 3), 1)
+    targets = np.array([2, 0, 4, 2])
+    for ignored, rows in ((2, np.array([1, 2])), (0, np.array([0, 2, 3])), (-100, np.arange(4)), (5, np.arange(4))):
+        expected = ops.cross_entropy((x @ weight.T)[xp.asarray(rows)], xp.asarray(targets[rows])).item()
+        for loss in (
+            ops.cross_entropy(x @ weight.T, xp.asarray(targets), ignore_index=ignored),
+            ops.linear_cross_entropy(x, weight, xp.asarray(targets), ignore_index=ignored),
+        ):
+            assert loss.item() == pytest.approx(expected, rel=1e-13)
+            x.grad = None
+            loss.backward()
+            gone = np.delete(np.arange(4), rows)
+            assert not backend.to_numpy(x.grad)[gone].any()
+            assert backend.to_numpy(x.grad)[rows].any(axis=1).all()
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 X = Tensor(np.ones((2, 3), np.float32))

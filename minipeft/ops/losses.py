@@ -49,8 +49,9 @@ def _check_targets(xp: Any, shape: tuple[int, ...], targets: Any, ignore_index: 
     if targets.dtype.kind not in "iu":
         raise TypeError(f"targets: expected integer class numbers, got {targets.dtype}")
     vocabulary = shape[1]
+    outside = not 0 <= ignore_index < vocabulary  # a class may be ignored as well
     # one look for both ends: a negative number is a huge one when read as unsigned
-    if targets.size and int(targets.astype(xp.int64, copy=False).view(xp.uint64).max()) < vocabulary:
+    if outside and targets.size and int(targets.astype(xp.int64, copy=False).view(xp.uint64).max()) < vocabulary:
         return targets, None, len(targets)
     kept = targets != ignore_index
     n = int(kept.sum())
