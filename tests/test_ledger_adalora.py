@@ -110,6 +110,34 @@ def test_the_two_scores_must_differ_for_a_correction(monkeypatch, afresh):
     assert section.importance().verdict == "confirmed"
 
 
+def test_an_interval_that_is_not_kept_is_seen(monkeypatch, afresh):
+    def every_step(self, model, step):
+        interval, self.config.deltaT = self.config.deltaT, 1
+        right(self, model, step)
+        self.config.deltaT = interval
+
+    right = formulas.AdaLora.after_step
+    monkeypatch.setattr(formulas.AdaLora, "after_step", every_step)
+    assert section.prune().verdict == "failed"
+
+
+def test_scores_at_random_fail_the_claim_that_rank_goes_where_it_matters(monkeypatch, afresh):
+    rng = np.random.default_rng(0)
+    at_random = lambda self, name, layer: rng.random(layer.lora_E["default"].size)  # noqa: E731
+    monkeypatch.setattr(formulas.AdaLora, "_scores", at_random)
+    assert section.reallocate().verdict == "failed"
+
+
+def test_a_layer_that_leaves_lambda_out_fails_the_form_s_claim(monkeypatch):
+    def projection(self):
+        P, _, Q = self.parameters_of("default")
+        return self.base_layer.weight, self.base_layer.bias, Q, P, self.factor("default")
+
+    section.train(4, 6, orthogonality="gram-schmidt")  # trained as it should be
+    monkeypatch.setattr(formulas.AdaLoraLinear, "projection", projection)
+    assert section.svd_form().verdict == "failed"
+
+
 def test_a_pruning_of_other_directions_than_the_lowest_is_seen(monkeypatch, afresh):
     def first(self, done, layers):
         """Prune whatever comes last, whatever its score."""

@@ -134,11 +134,13 @@ def svd_form() -> Evidence:
     P, lam, Q = layer.factors("default")
     document = x @ layer.weight.data.T + layer.base_layer.bias.data + layer.factor("default") * (x @ Q.T * lam @ P.T)
     forward = float(np.abs(layer(x).data - document).max() / np.abs(document).max())
+    off = f"{max(product):.1e}"
+    near, near_zh = (f"within {off}", f"相差不超过 {off}") if max(product) else ("to the bit", "逐位相同")
     return Evidence(
-        f"PΛQ is LoRA's BA with B = P, A = ΛQ within {max(product):.1e}; with orthonormal P and Q the |λ| are ΔW's "
-        f"singular values within {max(values):.1e} ({len(product)} random layers). A trained float32 layer gives "
-        f"Wx + s·PΛQx within {forward:.1e} of its largest output.",
-        f"PΛQ 就是 LoRA 的 BA（B = P，A = ΛQ），相差不超过 {max(product):.1e}；P 的列、Q 的行标准正交时，"
+        f"PΛQ is LoRA's BA with B = P, A = ΛQ {near}; with orthonormal P and Q the |λ| are ΔW's singular values within "
+        f"{max(values):.1e} ({len(product)} random layers). A trained float32 layer gives Wx + s·PΛQx within "
+        f"{forward:.1e} of its largest output.",
+        f"PΛQ 就是 LoRA 的 BA（B = P，A = ΛQ），{near_zh}；P 的列、Q 的行标准正交时，"
         f"|λ| 就是 ΔW 的奇异值，相差不超过 {max(values):.1e}（{len(product)} 个随机层）。"
         f"训练过的 float32 层给出 Wx + s·PΛQx，误差不超过最大输出的 {forward:.1e}。",
         holds=max(product) < 1e-12 and max(values) < 1e-12 and forward < 1e-5,
@@ -323,7 +325,8 @@ def planted(method: str, equal: bool, seed: int = 0, steps: int = 200, width: in
 
 @claim("adalora.prune", "At intervals the singular values with the lowest scores are set to zero.")
 def prune() -> Evidence:
-    """λ that are not zero against the cubic budget and the scores, step by step; how often one came back."""
+    """λ that are not zero against the cubic budget and the scores, step by step; how often one came back; at which
+    steps there are zeros with a longer interval."""
     warm, fall, left, back, cut, lowest = STEPS // 10, STEPS - STEPS // 10 - STEPS // 4, [], {}, {}, True
     for name, options in (
         ("penalty", {}),
@@ -339,17 +342,23 @@ def prune() -> Evidence:
     step = np.arange(1, STEPS - warm + 1)
     cubic = np.floor(8 + (24 - 8) * np.clip(1 - step / fall, 0, None) ** 3 + 1e-9).tolist()
     off = max(abs(b - c) for one in left for b, c in zip(one, cubic, strict=True))
+    interval, settled, kept = 20, STEPS - STEPS // 4, train(4, 6, 0, deltaT=20).kept
+    zeros = [step for step, now in enumerate(kept, 1) if not all(map(all, now.values()))]
+    regular = zeros == [*range(interval, settled, interval), *range(settled, STEPS + 1)]
+    before = [str(step) for step in zeros if step < settled]
     shown = ", ".join(f"{name} {back[name]} of {cut[name]}" for name in back)
     shown_zh = "，".join(f"{NAMES_ZH[name]} {cut[name]} 个中的 {back[name]} 个" for name in back)
     return Evidence(
         f"After every step as many of 24 λ are left as the cubic from 24 to 8 asks (largest difference {off:.0f}), "
-        f"{'always those' if lowest else 'not always those'} with the highest scores. Zero is not for good, though few "
-        f"return: {shown} (2 seeds each).",
+        f"{'always those' if lowest else 'not always those'} with the highest scores. With an interval of {interval} "
+        f"there are zeros after steps {', '.join(before)} and from {settled} on, where the ranks are settled. Until "
+        f"then zero is not for good; of those cut came back: {shown} (2 seeds each).",
         f"每步之后，24 个 λ 中留下的个数都符合从 24 到 8 的三次曲线（最大相差 {off:.0f}），"
-        f"{'留下的总是' if lowest else '但留下的并不总是'}评分最高的那些。置零之后还能回来，只是不多："
+        f"{'留下的总是' if lowest else '但留下的并不总是'}评分最高的那些。间隔为 {interval} 时，"
+        f"在第 {'、'.join(before)} 步之后出现零，从第 {settled} 步起秩固定下来。在此之前，置零的还能回来："
         f"{shown_zh}（各 2 个种子）。",
-        holds=off == 0 and lowest and back["penalty"] + back["Gram–Schmidt"] > 0,
-        figures={"left": left, "cubic": cubic, "back": back, "cut": cut},
+        holds=off == 0 and lowest and regular and back["penalty"] + back["Gram–Schmidt"] > 0,
+        figures={"left": left, "cubic": cubic, "back": back, "cut": cut, "zeros": zeros},
     )
 
 
@@ -479,14 +488,14 @@ def uniform() -> Evidence:
     runs = {name: [planted(name, True, seed) for seed in range(2)] for name in ("LoRA", *FORMS)}
     loss = {name: [run.loss for run in found] for name, found in runs.items()}
     off = {name: max(abs(r - 6) for run in runs[name] for r in run.ranks.values()) for name in FORMS}
+    lowest = np.mean(loss["LoRA"]) <= min(np.mean(loss[name]) for name in FORMS)
     shown = ", ".join(f"{name} {np.mean(values):.1e}" for name, values in loss.items())
     shown_zh = "，".join(f"{NAMES_ZH[name]} {np.mean(values):.1e}" for name, values in loss.items())
     return Evidence(
-        f"Loss after 200 steps, 2 seeds: {shown}. AdaLoRA's ranks are within {off['Gram–Schmidt']} of 6 with "
-        f"Gram–Schmidt, within {off['penalty']} with the penalty: it has nothing to gain here, and a rank to misplace.",
-        f"200 步后的损失，2 个种子：{shown_zh}。AdaLoRA 找到的秩，"
-        f"用 Gram–Schmidt 与 6 相差不超过 {off['Gram–Schmidt']}，用惩罚项不超过 {off['penalty']}："
-        "这里它得不到什么好处，反而可能把秩分错。",
+        f"Loss after 200 steps, 2 seeds: {shown}; LoRA's is {'the lowest' if lowest else 'not the lowest'}. AdaLoRA's "
+        f"ranks are within {off['Gram–Schmidt']} of 6 with Gram–Schmidt, within {off['penalty']} with the penalty.",
+        f"200 步后的损失，2 个种子：{shown_zh}；LoRA 的{'最低' if lowest else '并非最低'}。AdaLoRA 找到的秩，"
+        f"用 Gram–Schmidt 与 6 相差不超过 {off['Gram–Schmidt']}，用惩罚项不超过 {off['penalty']}。",
         figures={"loss": loss, "ranks": {name: [run.ranks for run in runs[name]] for name in FORMS}},
     )
 
