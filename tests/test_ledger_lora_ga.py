@@ -119,6 +119,18 @@ def test_accumulators_of_another_size_fail_the_adapters_claim(monkeypatch):
     assert section.accumulate_adapters().verdict == "failed"
 
 
+@pytest.mark.parametrize(("factor", "said"), [(1, "does not spare"), (0, "It spares")])
+def test_whether_the_adapters_spare_activations_is_said_as_it_was_measured(monkeypatch, factor, said):
+    right = section._parts
+
+    def parts(kind, width, depth):
+        found = right(kind, width, depth)
+        return found | {"activations": found["activations"] * (factor if kind == "LoRA" else 1)}
+
+    monkeypatch.setattr(section, "_parts", parts)
+    assert said in section.accumulate_adapters().found
+
+
 def test_a_base_that_keeps_its_weights_fails_the_adapters_claim(monkeypatch):
     monkeypatch.setattr(section, "quantize_model", lambda model, code: model)
     assert section.accumulate_adapters().verdict == "failed"
