@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,16 +29,16 @@ def low_rank() -> Evidence:
     rng = np.random.default_rng(0)
     shapes = [(int(rng.integers(1, 200)), int(rng.integers(1, 200))) for _ in range(60)]
     tried = [(d, k, int(rng.integers(1, min(d, k) + 1))) for d, k in shapes]
-    within = sum(_product_rank(d, k, r, rng) <= r for d, k, r in tried)
+    exact = sum(_product_rank(d, k, r, rng) == r for d, k, r in tried)
     learned = [rank.matrix_rank(delta) for _, delta in weight_updates(adapt("lora")).values()]
     d = k = 4096
     share = 8 * (d + k) / (d * k)
     return Evidence(
-        f"rank(BA) ≤ r in {within} of {len(tried)} random shapes, and at most {max(learned)} in {len(learned)} layers "
+        f"rank(BA) = r in {exact} of {len(tried)} random shapes, and at most {max(learned)} in {len(learned)} layers "
         f"trained with r = 8. r(d+k) numbers instead of dk: {share:.2%} of a {d}×{k} weight at r = 8.",
-        f"随机抽取的 {len(tried)} 种形状中有 {within} 种满足 rank(BA) ≤ r；用 r = 8 训练过的 {len(learned)} 层，"
+        f"随机抽取的 {len(tried)} 种形状中有 {exact} 种满足 rank(BA) = r；用 r = 8 训练过的 {len(learned)} 层，"
         f"ΔW 的秩最高为 {max(learned)}。参数从 dk 个减到 r(d+k) 个：r = 8 时只有 {d}×{k} 权重的 {share:.2%}。",
-        holds=within == len(tried) and max(learned) <= 8 and share < 1,
+        holds=exact == len(tried) and 0 < min(learned) <= max(learned) <= 8 and share < 1,
         figures={"shapes": len(tried), "trained_ranks": learned, "share_4096_r8": share},
     )
 
@@ -49,17 +50,20 @@ def _product_rank(d: int, k: int, r: int, rng: np.random.Generator) -> int:
 
 @claim("lora.frozen", "The pre-trained weights are frozen and stay as they are.")
 def frozen() -> Evidence:
-    """The bytes of every frozen array before and after training; gradients of frozen parameters at any step."""
+    """The bytes of every frozen array before and after training that moved the adapters; gradients of frozen parameters
+    at any step."""
     run = adapt("lora")
     now = {n.replace("base_model.model.", "").replace("base_layer.", ""): p for n, p in run.model.named_parameters()}
     same = [now[name].data.tobytes() == array.tobytes() for name, array in run.before.items()]
     steps, size = len(run.history.loss), sum(array.nbytes for array in run.before.values())
+    learned = [bool(layer.delta("default").any()) for _, layer in run.model.adapter_layers()]
     return Evidence(
-        f"After {steps} steps {sum(same)} of {len(same)} pre-trained arrays ({size:,} bytes in all) are unchanged to "
-        f"the bit. Gradients of frozen weights that ever existed: {run.frozen_gradients}.",
-        f"训练 {steps} 步后，预训练的 {len(same)} 个数组（共 {size:,} 字节）中有 {sum(same)} 个逐位未变。"
-        f"冻结权重上出现过的梯度：{run.frozen_gradients} 个。",
-        holds=all(same) and run.frozen_gradients == 0,
+        f"After {steps} steps that gave {sum(learned)} of {len(learned)} layers a ΔW, {sum(same)} of {len(same)} "
+        f"pre-trained arrays ({size:,} bytes in all) are unchanged to the bit. Gradients of frozen weights that ever "
+        f"existed: {run.frozen_gradients}.",
+        f"训练 {steps} 步后，{len(learned)} 层中有 {sum(learned)} 层学到了 ΔW，而预训练的 {len(same)} 个数组（共 "
+        f"{size:,} 字节）中有 {sum(same)} 个逐位未变。冻结权重上出现过的梯度：{run.frozen_gradients} 个。",
+        holds=all(same) and all(learned) and run.frozen_gradients == 0,
         figures={"arrays": len(same), "unchanged": sum(same), "frozen_gradients": run.frozen_gradients},
     )
 
@@ -69,17 +73,18 @@ def frozen() -> Evidence:
 
 @claim("lora.identity-at-init", "Gaussian A and zero B: training starts from the pre-trained model.")
 def identity_at_init() -> Evidence:
-    """Outputs before and after attaching, to the bit, for B = 0 and for A = 0."""
-    same = {
-        (init, dtype): _start(init, dtype)[0] for init in ("gaussian", "kaiming", "gaussian_b") for dtype in _DTYPES
-    }
-    count = len(data.digits.transfer().test.y)
+    """Outputs before and after attaching, to the bit, for B = 0 and for A = 0; and once neither is zero."""
+    found = {(init, dtype): _start(init, dtype) for init in ("gaussian", "kaiming", "gaussian_b") for dtype in _DTYPES}
+    same, count = {case: start.same for case, start in found.items()}, len(data.digits.transfer().test.y)
+    least = min(start.with_both for start in found.values())
     return Evidence(
         f"Logits of {count} images equal to the bit in {sum(same.values())} of {len(same)} cases (B = 0 with Gaussian "
-        "or uniform A, A = 0 with Gaussian B; float32 and float64).",
+        "or uniform A, A = 0 with Gaussian B; float32 and float64). With numbers in place of the zeros they change by "
+        f"at least {least:.1f} of the largest: the adapters are attached.",
         f"{count} 张图像的 logits，{len(same)} 种情形中有 {sum(same.values())} 种逐位相同（B = 0，A 取高斯或均匀分布；"
-        "A = 0，B 取高斯分布；float32 与 float64）。",
-        holds=all(same.values()),
+        f"A = 0，B 取高斯分布；float32 与 float64）。把全零的因子换成非零常数，logits 至少改变最大值的 "
+        f"{least:.1f}：适配器确实接上了。",
+        holds=all(same.values()) and least > 0,
         figures={f"{init} {dtype}": equal for (init, dtype), equal in same.items()},
     )
 
@@ -87,13 +92,27 @@ def identity_at_init() -> Evidence:
 _DTYPES = ("float32", "float64")
 
 
-def _start(init: str, dtype: str) -> tuple[bool, float]:
-    """Outputs of the base and of the model just attached: (equal to the bit, largest difference ÷ largest logit)."""
+class Start(NamedTuple):
+    """Logits of a model just attached against its base's: equal to the bit; largest difference ÷ largest logit; the
+    same once a factor that was zero is all ones."""
+
+    same: bool
+    difference: float
+    with_both: float
+
+
+def _start(init: str, dtype: str) -> Start:
     x, model = data.digits.transfer(dtype=dtype).test.x, load_base("vit", dtype=dtype)
     with no_grad():
         before = model(x).data
-        after = get_peft_model(model, LoraConfig(init_lora_weights=init), seed=1)(x).data
-    return before.tobytes() == after.tobytes(), float(np.abs(after - before).max() / np.abs(before).max())
+        model = get_peft_model(model, LoraConfig(init_lora_weights=init), seed=1)
+        after = model(x).data
+        for p in model.parameters():
+            if p.requires_grad and not p.data.any():
+                p.data = np.ones_like(p.data)
+        with_both = model(x).data
+    apart = [float(np.abs(logits - before).max() / np.abs(before).max()) for logits in (after, with_both)]
+    return Start(before.tobytes() == after.tobytes(), *apart)
 
 
 @claim("lora.one-zero", "At least one of A and B must be zero, so that the first output is the base model's.")
@@ -103,16 +122,20 @@ def one_zero() -> Evidence:
     b, a, both, neither = (start[zero] for zero in ("B", "A", "both", "neither"))
     keeps = b["output_change"] == a["output_change"] == both["output_change"] == 0 < neither["output_change"]
     first = b["moved_A"] == 0 < b["moved_B"] and a["moved_B"] == 0 < a["moved_A"]
-    stuck = both["gradient"] == 0 and both["loss"][0] == both["loss"][-1]
+    down, up = both["around"]
+    stuck = both["gradient"] == 0 and both["loss"][0] == both["loss"][-1] and down < both["loss"][0] < up
     learns = b["loss"][-1] < b["loss"][0] and a["loss"][-1] < a["loss"][0]
+    below, above = f"{down:.3f}", f"{up:.3f}"
     change, gradient = f"{neither['output_change']:.2f}", f"{both['gradient']:.0f}"
     stays, falls = f"{both['loss'][-1]:.3f}", f"{b['loss'][-1]:.3f}"
     return Evidence(
         f"With one of them zero the output is the base's to the bit; with none it differs by up to {change}. But not "
-        f"with both: their gradients are {gradient} and the loss stays {stays} for ever (a saddle), where B = 0 falls "
-        f"to {falls}. With B = 0 the first step moves B alone.",
+        f"with both: their gradients are {gradient} and the loss stays {stays} for ever, on a saddle ({below} and "
+        f"{above} beside it), where B = 0 falls to {falls}. With B = 0 the first step moves B alone.",
         f"其中一个为零时，输出与原模型逐位相同；两个都不为零时，最多相差 {change}。但两个也不能同为零："
-        f"那样梯度为 {gradient}，损失始终停在 {stays}（鞍点），而 B = 0 时能降到 {falls}。B = 0 时，第一步只更新 B。",
+        f"那样梯度为 {gradient}，"
+        f"损失始终停在鞍点 {stays}（旁边有 {below}，也有 {above}），"
+        f"而 B = 0 时能降到 {falls}。B = 0 时，第一步只更新 B。",
         holds=keeps and learns and not stuck,
         within=keeps and first and stuck and learns,
         figures=start,
@@ -129,9 +152,13 @@ def _first_steps(zero: str, steps: int = 20) -> dict[str, Any]:
     A, B = A * (zero not in ("A", "both")), B * (zero not in ("B", "both"))
     layer.add("default", A, B, 1.0, nn.Dropout(0.0), offset=False)
     layer.active = ["default"]
-    with no_grad():
-        change = float(np.abs(layer(x).data - layer.base_layer(Tensor(x)).data).max())
     factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    with no_grad():
+        base = layer.base_layer(Tensor(x)).data
+        change = float(np.abs(layer(x).data - base).max())
+    # beside A = B = 0: a short way along the steepest ΔW of rank 1, and as far the other way
+    U, _, Vt = np.linalg.svd((y - base).T @ x)
+    around = [float(((base + 0.1 * sign * np.outer(x @ Vt[0], U[:, 0]) - y) ** 2).mean()) for sign in (1, -1)]
     optimizer, losses, start = optim.SGD(factors, lr=0.5), [], [f.data.copy() for f in factors]
     for step in range(steps):
         optimizer.zero_grad()
@@ -143,7 +170,14 @@ def _first_steps(zero: str, steps: int = 20) -> dict[str, Any]:
         optimizer.step()
         if step == 0:
             moved = [float(np.abs(f.data - s).max()) for f, s in zip(factors, start, strict=True)]
-    return {"output_change": change, "gradient": gradient, "moved_A": moved[0], "moved_B": moved[1], "loss": losses}
+    return {
+        "output_change": change,
+        "gradient": gradient,
+        "moved_A": moved[0],
+        "moved_B": moved[1],
+        "loss": losses,
+        "around": around,
+    }
 
 
 @claim("lora.two-nonzero", "Two non-zero matrices work too, if their product is first subtracted from W (Su Jianlin).")
@@ -151,15 +185,15 @@ def two_nonzero() -> Evidence:
     """Outputs at the start with both Gaussian and s·BA subtracted from W, in float64 and float32."""
     found = {dtype: _start("both", dtype) for dtype in _DTYPES}
     limit = {dtype: 1e3 * float(np.finfo(dtype).eps) for dtype in _DTYPES}
-    double, single = (f"{found[dtype][1]:.1e}" for dtype in ("float64", "float32"))
+    double, single = (f"{found[dtype].difference:.1e}" for dtype in ("float64", "float32"))
     return Evidence(
         f"Outputs at the start equal the base model's to rounding, not to the bit: largest difference ÷ largest logit "
         f"{double} in float64, {single} in float32 (W − BA + BA rounds twice).",
         f"初始输出与原模型只差舍入误差，并非逐位相同：最大差 ÷ 最大 logit，float64 为 {double}，"
         f"float32 为 {single}（W − BA + BA 舍入两次）。",
-        holds=all(equal for equal, _ in found.values()),
-        within=all(difference < limit[dtype] for dtype, (_, difference) in found.items()),
-        figures={dtype: difference for dtype, (_, difference) in found.items()},
+        holds=all(start.same for start in found.values()),
+        within=all(0 < start.difference < limit[dtype] for dtype, start in found.items()),
+        figures={dtype: start.difference for dtype, start in found.items()},
     )
 
 
@@ -203,22 +237,42 @@ def _latency_layer(size: int, kind: str) -> nn.Module:
 
 @claim("lora.merge", "The merged model is identical to base and adapters kept apart.")
 def merge() -> Evidence:
-    """Outputs merged and apart, with weights stored in four dtypes; what unmerging gives back."""
-    layers = [layer for _, layer in adapt("lora").model.adapter_layers()]
+    """Outputs merged and apart: of integers, of weights stored in four dtypes, of the model that merge_and_unload
+    leaves; what unmerging gives back."""
+    model, x = copy.deepcopy(adapt("lora").model), data.digits.transfer().test.x
+    layers = [layer for _, layer in model.adapter_layers()]
+    exact = _merges_exactly()
     found = {name: _merge_errors(layers, name) for name in _EPS}
+    apart, alone = model(x).data, model.merge_and_unload()
+    whole = float(np.abs(alone(x).data - apart).max() / np.abs(apart).max())
+    bare = not any(isinstance(module, LoraLinear) for module in alone.modules())
     text = ", ".join(f"{f['difference']:.0e} in {name}" for name, f in found.items())
     text_zh = "，".join(f"{name} 为 {f['difference']:.0e}" for name, f in found.items())
     returned = found["float32"]["returned"]
     return Evidence(
-        f"Identical in exact arithmetic; in floating point merged and unmerged outputs of {len(layers)} trained layers "
-        f"differ by up to {text} (÷ largest output). Unmerging does not give W back: {returned:.1%} of its float32 "
-        "numbers are as before.",
-        f"精确运算下完全相同；浮点运算下，{len(layers)} 个训练过的层合并与不合并的输出最多相差（÷ 最大输出）"
-        f"{text_zh}。取消合并并不能还原 W：float32 下有 {returned:.1%} 的数与原来相同。",
-        holds=all(f["difference"] == 0 for f in found.values()) and returned == 1,
-        within=all(found[name]["difference"] < 8 * _EPS[name] for name in _EPS),
-        figures=found,
+        f"Identical in exact arithmetic (integers); in floating point merged and unmerged outputs of {len(layers)} "
+        f"trained layers differ by up to {text} (÷ largest output). merge_and_unload leaves a plain model, whose "
+        f"float32 logits differ by {whole:.0e}. Unmerging does not give W back: {returned:.1%} of its float32 numbers "
+        "are as before.",
+        f"精确运算（整数）下完全相同；浮点运算下，{len(layers)} 个训练过的层合并与不合并的输出最多相差（÷ 最大输出）"
+        f"{text_zh}。merge_and_unload 之后是一个普通模型，float32 的 logits 相差 {whole:.0e}。"
+        f"取消合并并不能还原 W：float32 下有 {returned:.1%} 的数与原来相同。",
+        holds=exact and bare and whole == 0 and all(f["difference"] == 0 for f in found.values()) and returned == 1,
+        within=exact
+        and bare
+        and whole < 1e3 * _EPS["float32"]
+        and all(found[name]["difference"] < 8 * _EPS[name] for name in _EPS),
+        figures={**found, "merge_and_unload": whole},
     )
+
+
+def _merges_exactly() -> bool:
+    """Whether merged and apart are equal to the bit on integers, whose products and sums float64 holds exactly."""
+    rng = np.random.default_rng(0)
+    x, W, A, B = (rng.integers(-9, 10, shape).astype(float) for shape in ((16, 48), (32, 48), (4, 48), (32, 4)))
+    merged = merge_lora(W, A, B, 2.0)
+    back = unmerge_lora(merged, A, B, 2.0)
+    return np.array_equal(x @ merged.T, x @ W.T + 2 * (x @ A.T) @ B.T) and np.array_equal(back, W)
 
 
 _EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -258,23 +312,34 @@ def _rounded(x: np.ndarray, name: str) -> np.ndarray:
 
 @claim("lora.row-column-rank", "A matrix's row rank and column rank are equal.")
 def row_column_rank() -> Evidence:
-    """Exact elimination on rows and on columns; singular values of a matrix and of its transpose."""
+    """Exact elimination on rows and on columns; singular values of them, and of products whose rank is known."""
     rng = np.random.default_rng(0)
     integers = [_integer_matrix(rng) for _ in range(100)]
     rationals = [
         [[Fraction(int(x), int(rng.integers(1, 9))) for x in row] for row in m.tolist()] for m in integers[:50]
     ]
-    pairs = [(rank.row_rank_exact(m), rank.column_rank_exact(m)) for m in [*integers, *rationals]]
-    real = [rng.standard_normal((m, k)) @ rng.standard_normal((k, n)) for m, k, n in rng.integers(1, 30, (50, 3))]
-    svd = sum(rank.matrix_rank(m) == rank.matrix_rank(m.T) for m in real)
+    matrices = [*integers, *rationals]
+    pairs = [(rank.row_rank_exact(m), rank.column_rank_exact(m)) for m in matrices]
+    by_svd = sum(rank.matrix_rank(np.array(m, float)) == row for m, (row, _) in zip(matrices, pairs, strict=True))
+    shapes = [tuple(shape) for shape in rng.integers(1, 30, (50, 3))]
+    real = [rng.standard_normal((m, k)) @ rng.standard_normal((k, n)) for m, k, n in shapes]
+    svd = sum(rank.matrix_rank(m) == rank.matrix_rank(m.T) == min(shape) for m, shape in zip(real, shapes, strict=True))
     equal = sum(row == column for row, column in pairs)
     return Evidence(
         f"Equal for {equal} of {len(pairs)} integer and rational matrices by exact elimination "
-        f"(ranks {min(pairs)[0]} to {max(pairs)[0]}), and for {svd} of {len(real)} real ones by SVD.",
+        f"(ranks {min(pairs)[0]} to {max(pairs)[0]}; SVD finds the same for {by_svd}), and for {svd} of {len(real)} "
+        "real products of known rank by SVD.",
         f"用精确消元检验 {len(pairs)} 个整数与有理数矩阵，{equal} 个行秩等于列秩（秩从 {min(pairs)[0]} 到 "
-        f"{max(pairs)[0]}）；用 SVD 检验 {len(real)} 个实数矩阵，{svd} 个相等。",
-        holds=equal == len(pairs) and svd == len(real),
-        figures={"exact": len(pairs), "exact_equal": equal, "real": len(real), "real_equal": svd},
+        f"{max(pairs)[0]}；其中 {by_svd} 个的秩与 SVD 一致）；用 SVD 检验 {len(real)} 个秩已知的实数矩阵，"
+        f"{svd} 个相等。",
+        holds=equal == by_svd == len(pairs) and svd == len(real),
+        figures={
+            "exact": len(pairs),
+            "exact_equal": equal,
+            "exact_as_svd": by_svd,
+            "real": len(real),
+            "real_equal": svd,
+        },
     )
 
 
@@ -319,14 +384,14 @@ def svd_low_dim() -> Evidence:
 def _approximation_errors(W: np.ndarray, r: int, rng: np.random.Generator) -> dict[str, float]:
     """‖W − W_r‖_F/‖W‖_F for rank-r matrices by SVD, alternating least squares, and in a random basis."""
     norm, L = np.linalg.norm(W), rng.standard_normal((W.shape[0], r))
-    random_basis = np.linalg.qr(L)[0]
+    random_basis = np.linalg.qr(rng.standard_normal((W.shape[1], r)))[0]
     for _ in range(30):
         R = np.linalg.lstsq(L, W, rcond=None)[0]
         L = np.linalg.lstsq(R.T, W.T, rcond=None)[0].T
     approximations = {
         "svd": rank.best_rank_r(W, r),
         "optimized": L @ R,
-        "random": random_basis @ (random_basis.T @ W),
+        "random": W @ random_basis @ random_basis.T,
     }
     return {name: float(np.linalg.norm(W - approximation) / norm) for name, approximation in approximations.items()}
 
@@ -343,13 +408,16 @@ def overparameterized() -> Evidence:
         for name, (W, delta) in weight_updates(adapt("full")).items()
     }
     weight, update, full = (float(np.mean([r[i] for r in ranks.values()])) for i in range(3))
-    kept = float(np.mean([rank.energy(delta, 8) for _, delta in weight_updates(adapt("full")).values()]))
+    updates, rng = [delta for _, delta in weight_updates(adapt("full")).values()], np.random.default_rng(0)
+    kept = float(np.mean([rank.energy(delta, 8) for delta in updates]))
+    flat = float(np.mean([_gaussian_energy(delta.shape, 8, rng) for delta in updates]))
     return Evidence(
         f"Full fine-tuning of the ViT, {len(ranks)} projections: effective rank of ΔW {update:.1f} on average, of W "
-        f"{weight:.1f}, of {full:.0f} possible; the first 8 directions hold {kept:.0%} of ‖ΔW‖².",
-        f"对 ViT 做全量微调，{len(ranks)} 个投影矩阵平均：ΔW 的有效秩为 {update:.1f}，W 为 {weight:.1f}，"
-        f"最大可能为 {full:.0f}；前 8 个方向占 ‖ΔW‖² 的 {kept:.0%}。",
-        figures={"update": update, "weight": weight, "possible": full, "energy_8": kept},
+        f"{weight:.1f}, of {full:.0f} possible; the first 8 directions hold {kept:.0%} of ‖ΔW‖² "
+        f"(Gaussian matrices of their shapes: {flat:.0%}).",
+        f"对 ViT 做全参数微调，{len(ranks)} 个投影矩阵平均：ΔW 的有效秩为 {update:.1f}，W 为 {weight:.1f}，"
+        f"最大可能为 {full:.0f}；前 8 个方向占 ‖ΔW‖² 的 {kept:.0%}（同样形状的高斯矩阵：{flat:.0%}）。",
+        figures={"update": update, "weight": weight, "possible": full, "energy_8": kept, "gaussian_energy_8": flat},
     )
 
 
@@ -399,7 +467,7 @@ def memory_parts() -> Evidence:
         "LoRA's bytes ÷ full fine-tuning's (four 512² layers, batch 64, AdamW, r = 8): "
         + ", ".join(f"{part} {ratio:.3f}" for part, ratio in shrink.items())
         + f". The formula gives the measured bytes in {sum(formula)} of {len(formula)} cases.",
-        f"LoRA 的字节数 ÷ 全量微调的字节数（四个 512² 的层，批大小 64，AdamW，r = 8）：{shrink_zh}。"
+        f"LoRA 的字节数 ÷ 全参数微调的字节数（四个 512² 的层，批大小 64，AdamW，r = 8）：{shrink_zh}。"
         f"{len(formula)} 种情形中有 {sum(formula)} 种，公式与实测的字节数相等。",
         holds=shrink["gradients"] < 0.1 and shrink["optimizer"] < 0.1 and all(formula),
         figures={**found, "ratio": shrink},
@@ -423,13 +491,19 @@ def _flops(kind: str, width: int) -> tuple[int, int]:
 
 @claim("lora.forward-flops", "The forward pass still computes xW: it is not cheaper.")
 def forward_flops() -> Evidence:
-    """Products counted in forward, LoRA against full."""
+    """Products counted in forward, LoRA against full, and against those of xW and of the factors."""
     counted = {width: (_flops("full", width)[0], _flops("lora", width)[0]) for width in (64, 256, 1024)}
+    exact = all(
+        full == 4 * 2 * 64 * width**2 and lora - full == 4 * 2 * 64 * 8 * (width + width)
+        for width, (full, lora) in counted.items()
+    )
     ratios = {width: f"{lora / full:.3f}" for width, (full, lora) in counted.items()}
     return Evidence(
-        f"Counted products, LoRA (r = 8) ÷ full fine-tuning: {_by_width(ratios)}.",
-        f"实际计数的乘法次数，LoRA（r = 8）÷ 全量微调：{_by_width(ratios, zh=True)}。",
-        holds=all(lora >= full for full, lora in counted.values()),
+        f"Counted products, LoRA (r = 8) ÷ full fine-tuning: {_by_width(ratios)}. xW is there in both; BAx is "
+        f"{'exactly what comes on top' if exact else 'not all that differs'}.",
+        f"实际计数的乘法次数，LoRA（r = 8）÷ 全参数微调：{_by_width(ratios, zh=True)}。两者都要算 xW，"
+        f"{'多出来的恰好是 BAx' if exact else '差别不只是 BAx'}。",
+        holds=exact and all(lora >= full for full, lora in counted.values()),
         figures={str(width): {"full": full, "lora": lora} for width, (full, lora) in counted.items()},
     )
 
@@ -451,7 +525,7 @@ def backward_flops() -> Evidence:
     return Evidence(
         f"The products dW of frozen weights are gone: backward falls to {backward[widest]:.2f} of full fine-tuning's "
         f"at width {widest}. Forward and backward together: {_by_width(both)}; the limit for wide layers is 2/3.",
-        f"冻结的权重不再需要 dW 这次乘法：宽度 {widest} 时，反向传播降到全量微调的 {backward[widest]:.2f}。"
+        f"冻结的权重不再需要 dW 这次乘法：宽度 {widest} 时，反向传播降到全参数微调的 {backward[widest]:.2f}。"
         f"前向与反向合计：{_by_width(both, zh=True)}；层越宽，越接近 2/3。",
         holds=all(b < 1 for b in backward.values()) and 2 / 3 < total[widest] < 0.7,
         figures={"backward": {str(w): b for w, b in backward.items()}, "total": {str(w): t for w, t in total.items()}},
@@ -474,7 +548,7 @@ def early_movement() -> Evidence:
         f"Full fine-tuning, {len(loss)} steps of AdamW at a constant learning rate: the first tenth brings {early:.0%} "
         f"of the whole fall of the loss; a step moves the weights by {moved[0]:.3f} (‖ΔW‖) in the first tenth, "
         f"{moved[-1]:.3f} in the last.",
-        f"全量微调，固定学习率的 AdamW，{len(loss)} 步：前十分之一的步数完成了损失总降幅的 {early:.0%}；"
+        f"全参数微调，固定学习率的 AdamW，{len(loss)} 步：前十分之一的步数完成了损失总降幅的 {early:.0%}；"
         f"每步对权重的改动（‖ΔW‖）在最初的十分之一为 {moved[0]:.3f}，在最后的十分之一为 {moved[-1]:.3f}。",
         figures={"share_of_fall": early, "movement_by_tenth": moved, "loss": loss},
     )
@@ -508,7 +582,7 @@ def smaller_faster() -> Evidence:
         f"Four {width}² layers, batch 128, r = 8, LoRA ÷ full: file {adapter / size:.3f} ({adapter:,} and {size:,} "
         f"bytes), time of a step {time:.2f}, peak memory that the first step adds (gradients, optimizer state, "
         f"activations) {memory:.2f}.",
-        f"四个 {width}² 的层，批大小 128，r = 8，LoRA ÷ 全量微调：文件 {adapter / size:.3f}（{adapter:,} 与 {size:,} "
+        f"四个 {width}² 的层，批大小 128，r = 8，LoRA ÷ 全参数微调：文件 {adapter / size:.3f}（{adapter:,} 与 {size:,} "
         f"字节），一步的用时 {time:.2f}，第一步增加的内存峰值（梯度、优化器状态、激活值）{memory:.2f}。",
         figures={"file": adapter / size, "time": time, "peak": memory},
     )
