@@ -152,7 +152,7 @@ def step(lang: str) -> str:
     report = kept("step")
     found = {(row["shape"], row["method"], row["side"]): row for row in report["rows"]}
     head = [
-        t("batch × tokens", "批量 × 词元"), t("method", "方法"), "minipeft", "torch + PEFT",
+        t("batch × tokens", "批大小 × 词元"), t("method", "方法"), "minipeft", "torch + PEFT",
         t("time ÷ torch", "时间 ÷ torch"), t("memory", "内存"), t("torch's", "torch 的内存"),
         t("memory ÷ torch", "内存 ÷ torch"), t("time ÷ bare products", "时间 ÷ 纯矩阵乘法"),
     ]  # fmt: skip
