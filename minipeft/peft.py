@@ -457,8 +457,15 @@ class PeftModel(Module):
         self._load(adapter_name, values)
 
     def _load(self, adapter_name: str, values: dict[str, Array]) -> None:
-        for name, parameter in self.adapter_state(adapter_name).items():
+        for name, parameter in self._loadable(adapter_name, values).items():
             assign(parameter, values[name])
+
+    def _loadable(self, adapter_name: str, names: Iterable[str]) -> dict[str, Parameter]:
+        """The adapter's parameters, and the weights of its layers that are among the names: where the output head is
+        adapted, PEFT writes its whole weight beside the adapter."""
+        layers = {f"base_model.model.{name}.base_layer.weight": layer for name, layer in self.adapter_layers()}
+        whole = {key: layers[key].weight for key in names if key in layers and adapter_name in layers[key].adapters}
+        return {key: p for key, p in whole.items() if isinstance(p, Parameter)} | self.adapter_state(adapter_name)
 
 
 def _wrapped(method: Method, name: str, module: Module) -> AdapterLayer:
@@ -493,5 +500,5 @@ def _read(
             config = trial_config
     shared = {id(a): a for p in model.parameters() for a in (p.data, p.grad)}  # the trial model copies no weight
     trial = _adapted(copy.deepcopy(model, shared), trial_config, None, None, adapter_name, 0)
-    check_fit(path, values, {name: parameter.shape for name, parameter in trial.adapter_state(adapter_name).items()})
+    check_fit(path, values, {name: p.shape for name, p in trial._loadable(adapter_name, values).items()})
     return config, values

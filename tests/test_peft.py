@@ -1193,6 +1193,20 @@ def test_tensors_that_peft_writes_twice_are_passed_over(adapter):
     np.testing.assert_array_equal(outputs(PeftModel.from_pretrained(Net(), adapter)), expected)
 
 
+def test_the_whole_weight_that_peft_writes_of_an_adapted_head_is_the_bases(adapter):
+    weight = np.random.default_rng(9).standard_normal(Net().fc.weight.shape)
+    edit_tensors(adapter, lambda t: t.update({"base_model.model.fc.base_layer.weight": weight}))
+    base = Net()
+    base.fc.weight.data = weight
+    model = PeftModel.from_pretrained(Net(), adapter)
+    assert not trainable(model)
+    with model.disable_adapter():
+        np.testing.assert_array_equal(outputs(model), outputs(base))
+    edit_tensors(adapter, lambda t: t.update({"base_model.model.fc.base_layer.weight": weight[1:]}))
+    with pytest.raises(ValueError, match=r"fc.base_layer.weight has shape \(5, 5\), the model needs \(6, 5\)"):
+        PeftModel.from_pretrained(Net(), adapter)
+
+
 def test_targets_that_the_file_has_no_tensors_for_are_passed_over(adapter):
     """PEFT saves the names as they were given, also those that its model did not have."""
     expected = outputs(PeftModel.from_pretrained(Net(), adapter))
