@@ -15,7 +15,7 @@ import numpy as np
 
 from .adapter_files import check_fit, portable, read_adapter, without_offset, write_adapter
 from .backend import Array, generator
-from .methods.base import STEP_HOOKS, AdapterLayer, Method, Replacement
+from .methods.base import STEP_HOOKS, AdapterLayer, Method, Replacement, with_own_weight
 from .methods.lora import LoraLinear
 from .nn import Module, Parameter, assign
 from .quant.linear import QuantizedLinear
@@ -310,8 +310,8 @@ class PeftModel(Module):
         children = [child for module in self.modules() for _, child in module.named_children()]
         users = Counter(id(child) for child in children)
         for layer in layers.values():
-            if users[id(layer.weight)] > 1:
-                layer.base_layer.weight = Parameter(layer.weight.data, layer.weight.requires_grad)
+            if max(users[id(layer.weight)], users[id(layer.base_layer)]) > 1:
+                layer.base_layer = with_own_weight(layer.base_layer, layer.weight.data)
             layer.merge(names)
 
     def unmerge_adapter(self) -> None:

@@ -83,7 +83,10 @@ def find_targets(model: Module, target_modules: str | Iterable[str], kind: type[
     for target, found in wanted.items():
         if not found:
             endings = {name.rpartition(".")[2] for name in linears}
-            raise ValueError(f"target_modules: no module is called {target!r}; {closest(target, [*endings, *linears])}")
+            what = f"no module is called {target!r}"
+            if isinstance(target_modules, str):
+                what = f"no module's whole name matches {target!r}, a regular expression; [{target!r}] means an ending"
+            raise ValueError(f"target_modules: {what}; {closest(target, [*endings, *linears])}")
         for name in found:
             if name not in linears:
                 found_kind = type(modules[name]).__name__

@@ -6,6 +6,7 @@ wraps a Linear in that layer, and a config whose `build` returns the method. `ge
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -174,6 +175,13 @@ class AdapterLayer(Module):
         if self.unmerged is not None:
             self.weight.data, self.unmerged = self.unmerged, None
         self.merged.clear()
+
+
+def with_own_weight(linear: Linear, W: Array) -> Linear:
+    """The same layer with W in a parameter of its own: another may share the one it has, as a tied head does."""
+    own = copy.copy(linear)
+    own.weight = Parameter(W, linear.weight.requires_grad)
+    return own
 
 
 class Replacement(AdapterLayer):

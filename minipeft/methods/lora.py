@@ -21,7 +21,7 @@ from ..checks import check_choice, check_count, check_flag
 from ..nn import Dropout, Linear, Module, Parameter
 from ..quant.linear import QuantizedLinear, QuantizedWeight
 from ..tensor import Tensor, multi_result
-from .base import AdapterLayer, Method
+from .base import AdapterLayer, Method, with_own_weight
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
@@ -279,8 +279,7 @@ class LoraLinear(AdapterLayer):
         self.scaling[adapter], self.lora_dropout[adapter] = scaling, dropout
         if offset:
             self.offset[adapter] = A.copy(), B.copy()
-            W = self.weight  # a parameter of its own, since another module may share this one (a tied head)
-            self.base_layer.weight = Parameter(unmerge_lora(W.data, A, B, scaling), W.requires_grad)
+            self.base_layer = with_own_weight(self.base_layer, unmerge_lora(self.weight.data, A, B, scaling))
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter; what it took from W is given back."""
