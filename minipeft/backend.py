@@ -117,7 +117,7 @@ def erf(x: Array) -> Array:
     if xp is np:
         from scipy.special import erf as scipy_erf  # imported here: it would cost every `import minipeft` 50 ms
 
-        return scipy_erf(x)
+        return scipy_erf(x).astype(x.dtype, copy=False)  # float16 comes back as float32
     if xp.__name__ == "cupy":
         from cupyx.scipy.special import erf as cupy_erf
 

@@ -37,6 +37,9 @@ class no_grad(contextlib.ContextDecorator):  # noqa: N801 - PyTorch's name
         self._outer = (*getattr(self, "_outer", ()), _grad_enabled.get())
         _grad_enabled.set(self.inside)
 
+    def _recreate_cm(self) -> no_grad:  # contextlib's hook: calls of a decorated function, in any thread, share nothing
+        return type(self)()
+
     def __exit__(self, *exception: object) -> None:
         *self._outer, outer = self._outer
         _grad_enabled.set(outer)
@@ -121,6 +124,9 @@ class Node:
         self.held = _hold(closures)
         self.shape, self.dtype, self.value = data.shape, data.dtype, data if data.size <= 4 else None
 
+    def __deepcopy__(self, memo: dict) -> Node:
+        raise TypeError(f"deepcopy: a tensor that {self.op!r} made has a graph, which is not copied; use .detach()")
+
 
 # --- the tensor -------------------------------------------------------------------------------------------------------
 
@@ -184,6 +190,12 @@ class Tensor:
             raise TypeError("len() of a tensor without axes")
         return self.data.shape[0]
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else str(self)
+
     def __repr__(self) -> str:
         values = np.array2string(
             backend.to_numpy(self.data), precision=4, separator=", ", prefix="Tensor(", threshold=64
@@ -229,10 +241,6 @@ class Tensor:
     def detach(self) -> Tensor:
         """The same values outside the graph."""
         return Tensor(self.data)
-
-    def astype(self, dtype: Any) -> Tensor:
-        """A leaf with the values in another dtype."""
-        return Tensor(self.data, dtype=dtype)
 
     def __setitem__(self, index: object, value: object) -> None:
         raise TypeError("tensors are not assigned to: use ops.where, or write to .data outside a graph")
@@ -369,7 +377,7 @@ def _nodes(root: Node) -> list[Node]:
     return sorted(seen, key=lambda node: node.order)
 
 
-def _freed(grad: Array) -> Iterator[Array]:
+def _freed(grad: Array) -> Any:
     """Stands for the backward of a node whose graph is gone."""
     raise RuntimeError("backward has already freed this graph")
 

@@ -136,6 +136,9 @@ CASES: dict[str, Case] = {
     "matmul, row": _same(operator.matmul, (4,), (2, 4, 3)),
     "matmul, column": _same(operator.matmul, (2, 3, 4), (4,)),
     "matmul, row by column": _same(operator.matmul, (4,), (4,)),
+    "astype": Case(
+        lambda x: x.astype("float16").astype(x.dtype), lambda x: x.to(torch.float16).to(x.dtype), ((3, 4),)
+    ),
     "exp": Case(ops.exp, lambda x: x.exp(), ((3, 4),)),
     "log": Case(ops.log, lambda x: x.log(), ((3, 4),), positive=True),
     "sqrt": Case(ops.sqrt, lambda x: x.sqrt(), ((3, 4),), positive=True),

@@ -291,6 +291,24 @@ def test_gradcheck_finds_a_wrong_gradient():
         gradcheck(wrong, Tensor(np.array([1.5, 2.0]), requires_grad=True))
 
 
+def test_gradcheck_leaves_inputs_as_they_were():
+    x = leaf(np, (2, 3))
+    values, grad = x.data.copy(), np.ones((2, 3))
+    x.grad = grad
+    assert gradcheck(lambda x: x, x)
+    assert gradcheck(ops.exp, x)
+    calls = iter([ops.exp, ops.exp, None])
+    with pytest.raises(TypeError, match="not callable"):
+        gradcheck(lambda x: next(calls)(x), x)
+    assert x.grad is grad
+    np.testing.assert_array_equal(x.data, values)
+
+
+def test_gradcheck_asks_for_a_tensor():
+    with pytest.raises(TypeError, match="fn: expected it to return a tensor, got tuple"):
+        gradcheck(lambda x: (x, x), leaf(np, (2,)))
+
+
 def test_gradcheck_asks_for_float64():
     with pytest.raises(TypeError, match="number 0 is float32; float64 is needed"):
         gradcheck(ops.exp, Tensor([1.0], requires_grad=True))
@@ -319,6 +337,13 @@ def test_values_and_gradients_keep_the_dtype(xp, name, dtype):
     assert [x.grad.dtype for x in inputs] == [dtype] * len(inputs)
     assert backend.get_namespace(out.data) is xp
     assert all(backend.get_namespace(x.grad) is xp for x in inputs)
+
+
+def test_gelu_keeps_float16():
+    x = Tensor(np.ones(2, np.float16), requires_grad=True)
+    y = ops.gelu(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == "float16"
 
 
 @every_case
@@ -542,9 +567,33 @@ def test_a_class_may_be_the_one_that_is_ignored(xp):
             assert backend.to_numpy(x.grad)[rows].any(axis=1).all()
 
 
+def test_where_stops_an_infinite_gradient_on_the_other_side(xp):
+    """√ of the chosen elements only: its infinite slope at the 0 that replaces the others must not become NaN."""
+    x = Tensor(xp.asarray(np.array([-1.0, 4.0])), requires_grad=True)
+    with np.errstate(divide="ignore"):
+        ops.sqrt(ops.where(x > 0, x, 0.0)).sum().backward()
+    assert x.grad.tolist() == [0, 0.25]
+
+
+def test_every_kind_of_index_that_names_an_element_twice_adds(xp):
+    for index in ([0, 0, 1], ([0, 0, 1],), ((0, 0, 1),), ((0, 0, 1), slice(None))):
+        x = leaf(xp, (3, 2))
+        x[index].sum().backward()
+        assert x.grad.tolist() == [[2, 2], [1, 1], [0, 0]]
+    assert leaf(xp, (3, 2))[[]].shape == (0, 2)
+
+
+def test_numpy_integers_are_axes_and_lengths():
+    n = np.int64(1)
+    assert X.sum(n).shape == (2,)
+    assert ops.softmax(X, n).shape == (2, 3)
+    assert X.reshape(np.prod(X.shape)).shape == (6,)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 X = Tensor(np.ones((2, 3), np.float32))
+HEADS = Tensor(np.ones((2, 1, 2, 3), np.float32))
 ERRORS = {
     "shapes that do not broadcast": (lambda: X + Tensor(np.ones((2, 2), "f4")), r"add: shapes \(2, 3\) and \(2, 2\)"),
     "matmul": (lambda: X @ X, r"matmul: shapes \(2, 3\) and \(2, 3\) do not fit"),
@@ -563,7 +612,34 @@ ERRORS = {
         lambda: ops.layer_norm(X, Tensor(np.ones(2, "f4"))),
         r"got weight or bias \(2,\); x \(2, 3\) needs \(3,\)",
     ),
-    "rope": (lambda: ops.rope(X, *ops.rope_table(2, 4)), r"rope: x \(2, 3\) must end in an even d"),
+    "rope": (lambda: ops.rope(X, *ops.rope_table(2, 4)), r"rope: x \(2, 3\) must end in \(T, d\), d even"),
+    "rope of other positions": (
+        lambda: ops.rope(X[:, :2], *ops.rope_table(3, 2)),
+        r"rope: x \(2, 2\) must .* cos \(3, 1\)",
+    ),
+    "transpose axis": (lambda: X.transpose(0, 3), "axis: got 3, the tensor has 2 axes"),
+    "integers to a negative power": (lambda: Tensor([1, 2]) ** -1, "negative integer powers are not allowed"),
+    "nothing to join": (lambda: ops.concatenate([]), "concatenate: tensors: got none"),
+    "nothing to stack": (lambda: ops.stack([]), "stack: tensors: got none"),
+    "norm of a number": (lambda: ops.layer_norm(2.0), r"layer_norm: x has no axes, shape \(\)"),
+    "attention of two batches": (
+        lambda: ops.scaled_dot_product_attention(HEADS, HEADS[:1], HEADS[:1]),
+        r"\(2, 1, 2, 3\), key \(1, 1, 2, 3\)",
+    ),
+    "attention without heads": (
+        lambda: ops.scaled_dot_product_attention(HEADS, HEADS[:, :0], HEADS[:, :0]),
+        r"key \(2, 0, 2, 3\)",
+    ),
+    "attention mask": (
+        lambda: ops.scaled_dot_product_attention(HEADS, HEADS, HEADS, np.ones((3, 2), bool)),
+        r"attn_mask: shape \(3, 2\) does not broadcast to \(B, H, T, S\) = \(2, 1, 2, 2\)",
+    ),
+    "attention mask that trains": (
+        lambda: ops.scaled_dot_product_attention(HEADS, HEADS, HEADS, Tensor(np.ones((2, 2)), requires_grad=True)),
+        "attn_mask: got a tensor that requires a gradient",
+    ),
+    "embedding weight": (lambda: ops.embedding([0], X[0]), r"embedding: weight \(V, d\) has shape \(3,\)"),
+    "chunk": (lambda: ops.linear_cross_entropy(X, X, [0, 0], chunk=0), "chunk: got 0; an int of at least 1"),
     "attention": (lambda: ops.scaled_dot_product_attention(X, X, X), r"query \(B, H, T, d\) = \(2, 3\)"),
     "embedding id": (lambda: ops.embedding([0, 2], X), "ids: got 0 to 2; weight has rows 0 to 1"),
     "embedding negative id": (lambda: ops.embedding([-1], X), "ids: got -1 to -1; weight has rows 0 to 1"),
@@ -590,3 +666,15 @@ def test_ids_and_targets_must_be_integers():
         ops.embedding(np.array([0.0]), X)
     with pytest.raises(TypeError, match="targets: expected integer class numbers, got float64"):
         ops.cross_entropy(X, np.array([0.0, 1.0]))
+
+
+def test_axes_must_be_integers():
+    for axis in (1.0, "0", (0, 1.0)):
+        with pytest.raises(TypeError, match=r"axis: got .*; an int, a tuple of ints or None is accepted"):
+            X.sum(axis)
+
+
+def test_a_mask_of_integers_is_refused():
+    """Ones and zeros, as tokenizers give them, would be added to the scores and mask nothing."""
+    with pytest.raises(TypeError, match="attn_mask: got int64; booleans"):
+        ops.scaled_dot_product_attention(HEADS, HEADS, HEADS, np.array([[1, 0], [1, 1]]))

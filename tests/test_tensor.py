@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
+import threading
 import tracemalloc
 import weakref
 
@@ -298,6 +300,31 @@ def test_no_grad_decorates_functions_and_they_may_call_themselves():
     assert is_grad_enabled()
 
 
+def test_calls_of_a_decorated_function_in_two_threads_share_nothing():
+    """The first in is the first out: from a stack that both used each would take the other's setting."""
+    call = no_grad()(lambda entered, leave: (entered.set(), leave.wait(10)))
+    one_in, two_in, one_out = threading.Event(), threading.Event(), threading.Event()
+    after = {}
+
+    def one():
+        with no_grad():
+            call(one_in, two_in)
+            after["one"] = is_grad_enabled()
+        one_out.set()
+
+    def two():
+        one_in.wait(10)
+        call(two_in, one_out)
+        after["two"] = is_grad_enabled()
+
+    threads = [threading.Thread(target=target) for target in (one, two)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert after == {"one": False, "two": True}
+
+
 def test_no_grad_ends_with_an_exception():
     with pytest.raises(ZeroDivisionError), no_grad():
         raise ZeroDivisionError
@@ -357,10 +384,30 @@ def test_the_default_dtype_is_single_or_double():
         set_default_dtype("float16")
 
 
-def test_astype_converts_outside_the_graph():
-    x = trained([1.0, 2.0])
-    assert x.astype("float32").dtype == "float32"
-    assert not x.astype("float32").requires_grad
+def test_astype_brings_the_gradient_back_in_the_own_dtype(xp):
+    x = trained([1.0, 2.0], xp)
+    y = x.astype("float32")
+    assert y.dtype == "float32"
+    (y * y).sum().backward()
+    assert x.grad.dtype == "float64"
+    assert x.grad.tolist() == [2, 4]
+    assert not x.astype("int64").requires_grad
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ops.exp, ops.log, ops.sqrt, ops.tanh, ops.sigmoid, ops.silu, ops.gelu, ops.softmax, ops.log_softmax, ops.mean,
+        ops.layer_norm, ops.rms_norm, lambda x: ops.swiglu(x, x), lambda x: x / 2, lambda x: x / x,
+        lambda x: ops.mse_loss(x, x), lambda x: ops.rope(x, *ops.rope_table(1, 2)), lambda x: ops.dropout(x, rng=0),
+        lambda x: ops.cross_entropy(x, [0]), lambda x: ops.linear_cross_entropy(x, x, [0]),
+        lambda x: ops.scaled_dot_product_attention(*[x.reshape(1, 1, 1, 2)] * 3),
+    ],
+)  # fmt: skip
+def test_operations_that_need_floats_make_integers_the_default_dtype(make):
+    whole = Tensor([[1, 2]])
+    assert make(whole).dtype == "float32"
+    np.testing.assert_array_equal(make(whole).data, make(whole.astype("float32")).data)
 
 
 # --- writing to arrays that a graph needs -----------------------------------------------------------------------------
@@ -555,6 +602,28 @@ def test_tensors_can_be_taken_apart(xp):
     (first * second).sum().backward()
     np.testing.assert_array_equal(backend.to_numpy(x.grad), [[3, 4], [1, 2]])
     assert len(x) == 2
+
+
+def test_a_number_is_no_sequence():
+    """Without a word, `sum(loss)` would be 0."""
+    with pytest.raises(TypeError, match="a tensor without axes"):
+        sum(Tensor(3.0))
+
+
+def test_one_number_is_formatted_as_python_formats_it():
+    assert f"{Tensor(3.14159):.2f} {Tensor([2]):03d}" == "3.14 002"
+    assert f"{Tensor([1.0, 2.0])}" == "Tensor([1., 2.], shape=(2,), float32)"
+
+
+def test_leaves_are_copied_deeply_and_graphs_are_not():
+    x = trained([1.0, 2.0])
+    y = x * x
+    copied = copy.deepcopy(x)
+    assert copied.requires_grad
+    assert copied.data.flags.writeable
+    assert not np.shares_memory(copied.data, x.data)
+    with pytest.raises(TypeError, match=r"deepcopy: a tensor that 'mul' made has a graph.*\.detach\(\)"):
+        copy.deepcopy(y)
 
 
 def test_the_printed_form_shows_values_shape_dtype_and_operation():

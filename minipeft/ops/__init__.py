@@ -15,7 +15,7 @@ import numpy as np
 from ..tensor import Tensor
 from .arithmetic import add, div, matmul, mul, neg, power, sub
 from .attention import rope, rope_table, scaled_dot_product_attention
-from .elementwise import dropout, exp, gelu, log, relu, sigmoid, silu, sqrt, swiglu, tanh
+from .elementwise import astype, dropout, exp, gelu, log, relu, sigmoid, silu, sqrt, swiglu, tanh
 from .inputs import operands, sum_to, tensor
 from .layers import layer_norm, linear, log_softmax, rms_norm, softmax
 from .losses import cross_entropy, linear_cross_entropy, mse_loss
@@ -24,6 +24,7 @@ from .reductions import max, mean, sum
 
 __all__ = [
     "add",
+    "astype",
     "concatenate",
     "cross_entropy",
     "div",
@@ -90,7 +91,7 @@ Tensor.__matmul__, Tensor.__rmatmul__ = matmul, lambda a, b: matmul(b, a)
 Tensor.__neg__, Tensor.__getitem__ = neg, getitem
 Tensor.sum, Tensor.mean, Tensor.max = sum, mean, max
 Tensor.reshape, Tensor.transpose, Tensor.swapaxes = reshape, transpose, swapaxes
-Tensor.exp, Tensor.log, Tensor.sqrt, Tensor.tanh = exp, log, sqrt, tanh
+Tensor.exp, Tensor.log, Tensor.sqrt, Tensor.tanh, Tensor.astype = exp, log, sqrt, tanh, astype
 Tensor.T = property(transpose, doc="The axes reversed.")
 
 _UFUNCS = {

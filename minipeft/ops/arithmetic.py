@@ -8,14 +8,16 @@ from typing import Any
 from .. import backend
 from ..backend import Array, get_namespace
 from ..tensor import Tensor, result
-from .inputs import operands, sum_to, tensor
+from .inputs import floats, operands, sum_to, tensor
 
 
-def _binary(name: str, a: Any, b: Any) -> tuple[Tensor, Tensor, Array]:
-    a, b = operands(name, a, b)
+def _binary(name: str, a: Any, b: Any, convert: Any = operands) -> tuple[Tensor, Tensor, Array]:
+    a, b = convert(name, a, b)
     try:
         return a, b, getattr(operator, name)(a.data, b.data)
     except ValueError as error:
+        if "broadcast" not in str(error):  # integers have no negative integer powers
+            raise
         raise ValueError(f"{name}: shapes {a.shape} and {b.shape} do not broadcast") from error
 
 
@@ -42,7 +44,7 @@ def mul(a: Any, b: Any) -> Tensor:
 
 def div(a: Any, b: Any) -> Tensor:
     """a / b; da = g/b, db = −g·(a/b)/b."""
-    a, b, y = _binary("truediv", a, b)
+    a, b, y = _binary("truediv", a, b, floats)
     xb, sa, sb = b.data, a.shape, b.shape
     return result("div", y, (a, lambda g: sum_to(g / xb, sa)), (b, lambda g: sum_to(-g * y / xb, sb)))
 

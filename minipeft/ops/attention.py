@@ -11,7 +11,7 @@ from .. import backend
 from ..backend import Array, get_namespace
 from ..tensor import Tensor, joint_result, result
 from ..threads import in_parts
-from .inputs import operands, tensor
+from .inputs import floats
 
 
 def rope_table(length: int, dim: int, theta: float = 10000.0, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
@@ -26,9 +26,9 @@ def rope(x: Any, cos: Array, sin: Array) -> Tensor:
 
     x (..., T, d), cos and sin (T, d/2), see `rope_table`. The gradient is the rotation by the opposite angle.
     """
-    x = tensor(x)
-    if x.ndim < 2 or x.shape[-1] % 2 or cos.shape[-1] * 2 != x.shape[-1]:
-        raise ValueError(f"rope: x {x.shape} must end in an even d, cos {cos.shape} in d/2")
+    (x,) = floats("rope", x)
+    if x.ndim < 2 or x.shape[-1] % 2 or not cos.shape == sin.shape == (x.shape[-2], x.shape[-1] // 2):
+        raise ValueError(f"rope: x {x.shape} must end in (T, d), d even; cos {cos.shape}, sin {sin.shape} be (T, d/2)")
     return result("rope", _rotate(x.data, cos, sin), (x, lambda g: _rotate(g, cos, -sin)))
 
 
@@ -70,19 +70,17 @@ def scaled_dot_product_attention(
         is_causal: query t sees keys up to t + S − T (the last query sees all); none at all: its output is 0.
         scale: 1/√d when left out.
     """
-    query, key, value = operands("attention", query, key, value)
+    query, key, value = floats("attention", query, key, value)
     q, k, v, xp = query.data, key.data, value.data, get_namespace(query.data)
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+    fit = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    if not fit or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"attention: query (B, H, T, d) = {q.shape}, key {k.shape} and value {v.shape} (B, K, S, d) do not fit; "
             "H must be a multiple of K"
         )
     (batch, heads, t, d), (kv_heads, s) = q.shape, k.shape[1:3]
     scale = d**-0.5 if scale is None else scale
-    mask = attn_mask.data if isinstance(attn_mask, Tensor) else attn_mask
-    if mask is not None and mask.dtype.kind == "b":
-        mask = xp.where(mask, 0, -xp.inf).astype(q.dtype)
-    mask = None if mask is None else xp.broadcast_to(mask, (batch, heads, t, s))
+    mask = None if attn_mask is None else _added(xp, attn_mask, (batch, heads, t, s), q.dtype)
     blocks = _blocks(t, s) if is_causal else [(slice(0, t), s)]
     scaled, weights = [], []  # q·scale and p, block by block
     y = _zeros_by_token(xp, q)
@@ -113,6 +111,21 @@ def scaled_dot_product_attention(
 
     needs = query.requires_grad, key.requires_grad, value.requires_grad
     return joint_result("attention", y, (query, key, value), backward)
+
+
+def _added(xp: ModuleType, mask: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """The mask as numbers to add to the scores (B, H, T, S)."""
+    if isinstance(mask, Tensor) and mask.requires_grad:
+        raise ValueError("attn_mask: got a tensor that requires a gradient, which a mask is not given; pass .detach()")
+    mask = xp.asarray(mask.data if isinstance(mask, Tensor) else mask)
+    if mask.dtype.kind == "b":
+        mask = xp.where(mask, 0, -xp.inf).astype(dtype)
+    if not backend.is_float(mask.dtype):
+        raise TypeError(f"attn_mask: got {mask.dtype}; booleans (True: may attend) and floats (added) are accepted")
+    try:
+        return xp.broadcast_to(mask, shape)
+    except ValueError as error:
+        raise ValueError(f"attn_mask: shape {mask.shape} does not broadcast to (B, H, T, S) = {shape}") from error
 
 
 QUERIES = 64  # in a block of causal attention

@@ -10,46 +10,53 @@ from .. import backend
 from ..backend import Array, get_namespace, keep_array
 from ..tensor import Tensor, joint_result, result
 from ..threads import in_parts
-from .inputs import operands, tensor
+from .inputs import floats, tensor
+
+
+def astype(x: Any, dtype: Any) -> Tensor:
+    """x in another dtype; dx = g in x's own. Integers have no gradient: in them it is a constant."""
+    x = tensor(x)
+    own, y = x.data.dtype, x.data.astype(dtype, copy=False)
+    return result("astype", y, (x, lambda g: g.astype(own))) if backend.is_float(y.dtype) else Tensor(y)
 
 
 def exp(x: Any) -> Tensor:
     """eˣ; dx = g·y."""
-    x = tensor(x)
+    (x,) = floats("exp", x)
     y = keep_array(get_namespace(x.data).exp(x.data))
     return result("exp", y, (x, lambda g: g * y))
 
 
 def log(x: Any) -> Tensor:
     """ln x; dx = g/x."""
-    x = tensor(x)
+    (x,) = floats("log", x)
     value = x.data
     return result("log", get_namespace(value).log(value), (x, lambda g: g / value))
 
 
 def sqrt(x: Any) -> Tensor:
     """√x; dx = g/(2y)."""
-    x = tensor(x)
+    (x,) = floats("sqrt", x)
     y = keep_array(get_namespace(x.data).sqrt(x.data))
     return result("sqrt", y, (x, lambda g: 0.5 * g / y))
 
 
 def tanh(x: Any) -> Tensor:
     """tanh x; dx = g·(1 − y²)."""
-    x = tensor(x)
+    (x,) = floats("tanh", x)
     y = keep_array(get_namespace(x.data).tanh(x.data))
     return result("tanh", y, (x, lambda g: g * (1 - y * y)))
 
 
 def sigmoid(x: Any) -> Tensor:
     """σ(x) = 1/(1 + e⁻ˣ); dx = g·y·(1 − y)."""
-    x = tensor(x)
+    (x,) = floats("sigmoid", x)
     y = keep_array(_sigmoid(x.data))
     return result("sigmoid", y, (x, lambda g: g * y * (1 - y)))
 
 
 def relu(x: Any) -> Tensor:
-    """max(x, 0); dx = g where x > 0."""
+    """max(x, 0); dx = g·(x > 0)."""
     x = tensor(x)
     y = keep_array(get_namespace(x.data).maximum(x.data, 0))
     return result("relu", y, (x, lambda g: g * (y > 0)))
@@ -57,7 +64,7 @@ def relu(x: Any) -> Tensor:
 
 def silu(x: Any) -> Tensor:
     """x·σ(x); dx = g·(σ + x·σ·(1 − σ))."""
-    x = tensor(x)
+    (x,) = floats("silu", x)
     value = x.data
 
     def grad(g: Array) -> Array:
@@ -73,7 +80,7 @@ def gelu(x: Any, approximate: str = "none") -> Tensor:
     "none": y = x/2·(1 + erf(x/√2)), dx = g·(Φ + x·φ).
     "tanh": y = x/2·(1 + t) with t = tanh(√(2/π)(x + 0.044715 x³)).
     """
-    x = tensor(x)
+    (x,) = floats("gelu", x)
     value, xp = x.data, get_namespace(x.data)
     if approximate == "none":
         phi = 0.5 * (1 + backend.erf(value * 0.5**0.5))
@@ -96,7 +103,7 @@ def swiglu(gate: Any, up: Any) -> Tensor:
     dup = g·silu(gate), dgate = g·up·silu'(gate), from one sigmoid. It takes the time of `silu(gate) * up` and keeps
     gate and up alone for backward, where that keeps silu(gate) as well; in parts its temporaries are small.
     """
-    gate, up = operands("swiglu", gate, up)
+    gate, up = floats("swiglu", gate, up)
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: gate {gate.shape} and up {up.shape} must have one shape")
     xp, shape = get_namespace(gate.data), gate.shape
@@ -142,6 +149,7 @@ def dropout(x: Any, p: float = 0.5, training: bool = True, rng: np.random.Genera
     x = tensor(x)
     if not training or p == 0:
         return x
+    (x,) = floats("dropout", x)
     xp = get_namespace(x.data)
     keep = backend.generator(rng).random(x.shape, dtype=np.float32) >= p
     mask = xp.asarray(keep).astype(x.dtype) * (1 / (1 - p))

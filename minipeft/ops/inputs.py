@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,14 @@ def operands(op: str, *inputs: Any) -> list[Tensor]:
     else:
         like = _float_among(inputs, like)
     return [_operand(op, x, like) for x in inputs]
+
+
+def floats(op: str, *inputs: Any) -> list[Tensor]:
+    """`operands` for an operation that has no meaning in integers: they take the default dtype, as in PyTorch."""
+    inputs = operands(op, *inputs)
+    if inputs[0].data.dtype.kind in "biu":
+        return [Tensor(x.data, dtype=backend.get_default_dtype()) for x in inputs]
+    return inputs
 
 
 def _alike(inputs: Sequence[Any]) -> bool:
@@ -87,8 +96,16 @@ def sum_to(g: Array, shape: tuple[int, ...]) -> Array:
 
 def normal_axes(x: Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
     """`axis` as a tuple of non-negative axes; None is all of them."""
-    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
+    try:
+        axes = range(x.ndim) if axis is None else as_ints(axis)
+    except TypeError as error:
+        raise TypeError(f"axis: got {axis!r}; an int, a tuple of ints or None is accepted") from error
     for i in axes:
         if not -x.ndim <= i < x.ndim:
             raise ValueError(f"axis: got {i}, the tensor has {x.ndim} axes, shape {x.shape}")
-    return tuple(i % x.ndim for i in axes)
+    return tuple([i % x.ndim for i in axes])
+
+
+def as_ints(x: Any) -> tuple[int, ...]:
+    """One integer or several, NumPy's too, as a tuple."""
+    return tuple(map(operator.index, x)) if hasattr(x, "__iter__") else (operator.index(x),)

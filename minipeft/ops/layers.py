@@ -8,7 +8,7 @@ from .. import backend
 from ..backend import Array, get_namespace
 from ..tensor import Tensor, result
 from ..threads import in_parts
-from .inputs import normal_axes, operands, tensor
+from .inputs import floats, normal_axes, operands
 
 
 def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,23 +41,23 @@ def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """eˣ/Σeˣ along an axis; dx = y·(g − Σ g·y)."""
-    x = tensor(x)
-    normal_axes(x.data, axis)
+    (x,) = floats("softmax", x)
+    axis = normal_axes(x.data, axis)
     y = _softmax(x.data, axis)
     return result("softmax", y, (x, lambda g: y * (g - (g * y).sum(axis=axis, keepdims=True))))
 
 
 def log_softmax(x: Any, axis: int = -1) -> Tensor:
     """x − ln Σeˣ along an axis; dx = g − softmax(x)·Σ g."""
-    x = tensor(x)
-    normal_axes(x.data, axis)
+    (x,) = floats("log_softmax", x)
+    axis = normal_axes(x.data, axis)
     xp = get_namespace(x.data)
     y = x.data - x.data.max(axis=axis, keepdims=True)
     y = y - xp.log(xp.exp(y).sum(axis=axis, keepdims=True))
     return result("log_softmax", y, (x, lambda g: g - xp.exp(y) * g.sum(axis=axis, keepdims=True)))
 
 
-def _softmax(x: Array, axis: int) -> Array:
+def _softmax(x: Array, axis: tuple[int, ...]) -> Array:
     y = get_namespace(x).exp(x - x.max(axis=axis, keepdims=True))
     y /= y.sum(axis=axis, keepdims=True)
     return y
@@ -68,7 +68,7 @@ def layer_norm(x: Any, weight: Tensor | None = None, bias: Tensor | None = None,
 
     dx = (h − mean(h) − x̂·mean(h·x̂))/√(var + eps) with h = g·w; dw = Σ g·x̂, db = Σ g.
     """
-    x, *affine = operands("layer_norm", x, *[p for p in (weight, bias) if p is not None])
+    x, *affine = floats("layer_norm", x, *[p for p in (weight, bias) if p is not None])
     d = _check_affine("layer_norm", x, affine)
     xp = get_namespace(x.data)
     centered = x.data - x.data.mean(axis=-1, keepdims=True)
@@ -95,7 +95,7 @@ def rms_norm(x: Any, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
 
     dx = (h − x̂·mean(h·x̂))/√(mean(x²) + eps) with h = g·w; dw = Σ g·x̂.
     """
-    x, *affine = operands("rms_norm", x, *([weight] if weight is not None else []))
+    x, *affine = floats("rms_norm", x, *([weight] if weight is not None else []))
     d = _check_affine("rms_norm", x, affine)
     xp, shape = get_namespace(x.data), x.shape
     rows = x.data.reshape(-1, d)
@@ -132,6 +132,8 @@ def rms_norm(x: Any, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
 
 
 def _check_affine(op: str, x: Tensor, affine: list[Tensor]) -> int:
+    if not x.ndim:
+        raise ValueError(f"{op}: x has no axes, shape (); its last axis is what is normalized")
     for p in affine:
         if p.shape != x.shape[-1:]:
             raise ValueError(f"{op}: got weight or bias {p.shape}; x {x.shape} needs {x.shape[-1:]}")

@@ -9,8 +9,9 @@ import numpy as np
 
 from .. import backend, threads
 from ..backend import Array, get_namespace
+from ..checks import check_count
 from ..tensor import Tensor, result
-from .inputs import operands, tensor
+from .inputs import floats
 
 
 def cross_entropy(logits: Any, targets: Any, ignore_index: int = -100) -> Tensor:
@@ -21,7 +22,7 @@ def cross_entropy(logits: Any, targets: Any, ignore_index: int = -100) -> Tensor
     Raises:
         ValueError: shapes that do not fit, a target outside [0, V), or nothing left to average.
     """
-    logits = tensor(logits)
+    (logits,) = floats("cross_entropy", logits)
     xp = get_namespace(logits.data)
     targets, kept, n = _check_targets(xp, logits.shape, targets, ignore_index)
     shifted = logits.data - logits.data.max(axis=1, keepdims=True)
@@ -71,7 +72,8 @@ def linear_cross_entropy(x: Any, weight: Tensor, targets: Any, ignore_index: int
     piece of p is at hand, and only scaled in backward. A piece is `chunk` rows where W trains, and 32·`chunk` columns,
     for all rows, where it is frozen. Rows whose target is ignored cost nothing.
     """
-    x, weight = operands("linear_cross_entropy", x, weight)
+    x, weight = floats("linear_cross_entropy", x, weight)
+    check_count("chunk", chunk)
     xp, rows, w, shape = get_namespace(x.data), x.data, weight.data, x.shape
     if rows.ndim != 2 or w.ndim != 2 or rows.shape[1] != w.shape[1]:
         raise ValueError(f"linear_cross_entropy: x (N, d) = {rows.shape} and weight (V, d) = {w.shape} do not fit")
@@ -169,7 +171,7 @@ def _by_columns(x: Array, w: Array, targets: Array, tile: int, dx: Array | None)
 
 def mse_loss(input: Any, target: Any) -> Tensor:
     """The mean of (input − target)²; dinput = 2·(input − target)·g/n, and the opposite for a target that trains."""
-    input, target = operands("mse_loss", input, target)
+    input, target = floats("mse_loss", input, target)
     if input.shape != target.shape:
         raise ValueError(f"mse_loss: input {input.shape} and target {target.shape} must have one shape")
     difference = input.data - target.data

@@ -9,25 +9,24 @@ import numpy as np
 
 from ..backend import Array, get_namespace
 from ..tensor import Tensor, result
-from .inputs import normal_axes, operands, sum_to, tensor
+from .inputs import as_ints, normal_axes, operands, sum_to, tensor
 
 
 def reshape(x: Any, *shape: Any) -> Tensor:
     """The same elements in another shape: `reshape(x, 2, 3)` or `reshape(x, (2, 3))`, one −1 allowed."""
     x = tensor(x)
-    new = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-    old = x.shape
+    new, old = as_ints(shape[0]) if len(shape) == 1 else shape, x.shape
     try:
-        return result("reshape", x.data.reshape(tuple(new)), (x, lambda g: g.reshape(old)))
+        return result("reshape", x.data.reshape(new), (x, lambda g: g.reshape(old)))
     except ValueError as error:
-        raise ValueError(f"reshape: {x.size} elements of shape {old} do not fill {tuple(new)}") from error
+        raise ValueError(f"reshape: {x.size} elements of shape {old} do not fill {new}") from error
 
 
 def transpose(x: Any, *axes: Any) -> Tensor:
     """The axes in another order, reversed when none is given: `transpose(x, 1, 0)` or `transpose(x, (1, 0))`."""
     x = tensor(x)
-    order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes
-    order = tuple(i % x.ndim for i in order) if order else tuple(reversed(range(x.ndim)))
+    order = axes[0] if len(axes) == 1 else axes or None
+    order = tuple(reversed(range(x.ndim))) if order is None else normal_axes(x.data, order)
     if sorted(order) != list(range(x.ndim)):
         raise ValueError(f"axes: got {order}; each of the {x.ndim} axes of shape {x.shape} once is accepted")
     back = tuple(order.index(i) for i in range(x.ndim))
@@ -61,16 +60,25 @@ def getitem(x: Any, index: Any) -> Tensor:
 
 
 def _plain(index: Any, xp: Any) -> Any:
-    """An index without tensors and lists; its arrays are copies (what the caller writes to them later does no harm)."""
+    """An index without tensors and sequences; its arrays are copies: what is written to them later does no harm."""
     if isinstance(index, Tensor):
         index = index.data
-    return xp.array(index) if isinstance(index, list) or getattr(index, "ndim", 0) else index
+    if isinstance(index, list | tuple | range):
+        return xp.array(index) if len(index) else xp.array(index, dtype=int)
+    return xp.array(index) if getattr(index, "ndim", 0) else index
+
+
+def _several(op: str, tensors: Sequence[Any]) -> list[Tensor]:
+    tensors = list(tensors)
+    if not tensors:
+        raise ValueError(f"{op}: tensors: got none; at least one is accepted")
+    return operands(op, *tensors)
 
 
 def concatenate(tensors: Sequence[Any], axis: int = 0) -> Tensor:
     """The tensors one after the other along an axis; each gets its piece of g."""
-    parts = operands("concatenate", *tensors)
-    (axis,) = normal_axes(parts[0].data, axis)
+    parts = _several("concatenate", tensors)
+    (axis,) = normal_axes(parts[0].data, (axis,))
     ends = np.cumsum([p.shape[axis] for p in parts]).tolist()
 
     def piece(start: int, end: int) -> Any:
@@ -83,7 +91,7 @@ def concatenate(tensors: Sequence[Any], axis: int = 0) -> Tensor:
 
 def stack(tensors: Sequence[Any], axis: int = 0) -> Tensor:
     """Tensors of one shape along a new axis."""
-    parts = operands("stack", *tensors)
+    parts = _several("stack", tensors)
     data = get_namespace(parts[0].data).stack([p.data for p in parts], axis=axis)
     before = (slice(None),) * (axis % data.ndim)
 
@@ -101,8 +109,8 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
     return result(
         "where",
         xp.where(chosen, a.data, b.data),
-        (a, lambda g: sum_to(g * chosen, sa)),
-        (b, lambda g: sum_to(g * ~chosen, sb)),
+        (a, lambda g: sum_to(xp.where(chosen, g, g.dtype.type(0)), sa)),  # g·chosen has NaN where g is infinite
+        (b, lambda g: sum_to(xp.where(chosen, g.dtype.type(0), g), sb)),
     )
 
 
@@ -112,13 +120,15 @@ def embedding(ids: Any, weight: Tensor) -> Tensor:
     Raises:
         ValueError: an id outside [0, V).
     """
-    ids = ids.data if isinstance(ids, Tensor) else get_namespace(weight.data).asarray(ids)
-    vocabulary, xp = weight.shape[0], get_namespace(weight.data)
+    weight = tensor(weight)
+    xp, shape = get_namespace(weight.data), weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"embedding: weight (V, d) has shape {shape}")
+    ids, vocabulary = ids.data if isinstance(ids, Tensor) else xp.asarray(ids), shape[0]
     if ids.dtype.kind not in "iu":
         raise TypeError(f"ids: expected integers, got {ids.dtype}")
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
         raise ValueError(f"ids: got {int(ids.min())} to {int(ids.max())}; weight has rows 0 to {vocabulary - 1}")
-    shape = weight.shape
 
     def grad(g: Array) -> Array:
         out = xp.zeros(shape, dtype=g.dtype)

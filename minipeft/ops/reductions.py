@@ -8,7 +8,7 @@ import numpy as np
 
 from ..backend import Array, get_namespace, keep_array
 from ..tensor import Tensor, result
-from .inputs import normal_axes, tensor
+from .inputs import floats, normal_axes, tensor
 
 
 def sum(x: Any, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
@@ -24,7 +24,7 @@ def sum(x: Any, axis: int | tuple[int, ...] | None = None, keepdims: bool = Fals
 
 def mean(x: Any, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
     """The mean over `axis`; dx = g/n, repeated."""
-    x = tensor(x)
+    (x,) = floats("mean", x)
     axes, shape, xp = normal_axes(x.data, axis), x.shape, get_namespace(x.data)
     n = int(np.prod([shape[i] for i in axes]))
     return result(
