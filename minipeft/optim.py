@@ -71,11 +71,9 @@ class SGD(Optimizer):
                 b[...] = g
             else:
                 b *= mu
-                g *= 1 - group["dampening"]
-                b += g
-                if group["nesterov"]:
-                    g = unit.gather()
-                    _prepare(group, unit, g, group["weight_decay"])
+                work[...] = g
+                work *= 1 - group["dampening"]
+                b += work
             if group["nesterov"]:
                 g += mu * b
             else:

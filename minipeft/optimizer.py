@@ -9,6 +9,7 @@ operation to its last.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from numbers import Real
 from typing import Any
 
 from . import backend
@@ -64,11 +65,13 @@ class Optimizer:
         defaults: the options of parameters that have none of their own.
 
     Raises:
-        ValueError: no parameters, one twice, an unknown option or one out of its range.
+        ValueError: no parameters, one twice, one that keeps no gradient, an unknown option or one out of its range.
         TypeError: something that is not a tensor.
     """
 
     def __init__(self, params: Iterable[Any], **defaults: Any) -> None:
+        if not isinstance(params, Iterable):
+            raise TypeError(f"params: got {type(params).__name__}; pass parameters, such as model.parameters()")
         groups = [params] if isinstance(params, Tensor) else list(params)
         if not groups:
             raise ValueError("params: got none; pass model.parameters()")
@@ -79,7 +82,7 @@ class Optimizer:
         if len(set(everything)) < len(everything):
             raise ValueError("params: a parameter appears twice")
         self._units: list[list[Unit]] = [[] for _ in self.param_groups]
-        self._laid_out: list[list[int]] = [[] for _ in self.param_groups]  # ids of the parameters in the units
+        self._laid_out: list[list[tuple]] = [[] for _ in self.param_groups]  # `_layout` of the units' parameters
         self._resting: dict[Tensor, tuple[int, dict[str, Array]]] = {}  # state of those that are not
         self._scratch: dict[Any, list[Array]] = {}
 
@@ -106,7 +109,7 @@ class Optimizer:
         """The units of each group, laid out for the parameters that have a gradient now."""
         for i, group in enumerate(self.param_groups):
             active = [p for p in group["params"] if p.grad is not None]
-            if [id(p) for p in active] != self._laid_out[i]:
+            if _layout(active) != self._laid_out[i]:
                 self._lay_out(i, active)
         return self._units
 
@@ -151,7 +154,7 @@ class Optimizer:
             raise
         for p in active:
             self._resting.pop(p, None)
-        self._laid_out[i] = [id(p) for p in active]
+        self._laid_out[i] = _layout(active)
 
     def _fill(self, units: list[Unit]) -> None:
         """Give new units the state that their parameters had."""
@@ -246,8 +249,15 @@ class Optimizer:
         self._laid_out = [[] for _ in self.param_groups]
 
 
+def _layout(params: list[Tensor]) -> list[tuple]:
+    """What a layout depends on: which parameters, and their dtypes, which `Module.to` may change."""
+    return [(id(p), p.data.dtype) for p in params]
+
+
 def _check_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The group with the defaults filled in, its options checked."""
+    if not isinstance(group, dict) or "params" not in group:
+        raise ValueError(f'params: got {type(group).__name__} among groups; {{"params": [...]}} is accepted')
     unknown = group.keys() - defaults.keys() - {"params"}
     if unknown:
         raise ValueError(f"params: unknown options {sorted(unknown)}; accepted are {sorted(defaults)}")
@@ -255,13 +265,15 @@ def _check_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
     for p in members:
         if not isinstance(p, Tensor):
             raise TypeError(f"params: expected tensors, got {type(p).__name__}")
+        if not p.is_leaf:
+            raise ValueError("params: got a tensor that an operation made, which keeps no gradient; pass a Parameter")
     group = {**defaults, **group, "params": members}
     for name in ("lr", "eps", "weight_decay", "momentum"):
-        if name in group and not group[name] >= 0:
-            raise ValueError(f"{name}: got {group[name]}; 0 or more is accepted")
-    for beta in group.get("betas", ()):
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas: got {group['betas']}; both in [0, 1) are accepted")
+        if name in group and not (isinstance(group[name], Real) and group[name] >= 0):
+            raise ValueError(f"{name}: got {group[name]!r}; 0 or more is accepted")
+    betas = group.get("betas", (0, 0))
+    if not isinstance(betas, tuple | list) or [isinstance(b, Real) and 0 <= b < 1 for b in betas] != [True, True]:
+        raise ValueError(f"betas: got {betas!r}; two in [0, 1) are accepted")
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("nesterov: needs momentum > 0 and dampening = 0")
     return group

@@ -267,7 +267,13 @@ def test_state_of_another_optimizer_is_refused():
         (lambda p: optim.SGD(p, lr=-1), ValueError, "lr: got -1; 0 or more is accepted"),
         (lambda p: optim.SGD(p, lr=math.nan), ValueError, "lr: got nan; 0 or more is accepted"),
         (lambda p: optim.AdamW(p, weight_decay=-0.1), ValueError, "weight_decay: got -0.1"),
-        (lambda p: optim.Adam(p, betas=(0.9, 1.0)), ValueError, r"betas: got \(0.9, 1.0\); both in \[0, 1\) are"),
+        (lambda p: optim.Adam(p, betas=(0.9, 1.0)), ValueError, r"betas: got \(0.9, 1.0\); two in \[0, 1\) are"),
+        (lambda p: optim.Adam(p, betas=(0.9,)), ValueError, r"betas: got \(0.9,\); two in \[0, 1\) are"),
+        (lambda p: optim.Adam(p, betas=0.9), ValueError, r"betas: got 0.9; two in \[0, 1\) are"),
+        (lambda p: optim.Adam(p, lr="1e-3"), ValueError, "lr: got '1e-3'; 0 or more is accepted"),
+        (lambda p: optim.Adam(5), TypeError, r"params: got int; .* model.parameters\(\)"),
+        (lambda p: optim.Adam([{"lr": 1}]), ValueError, 'params: got dict among groups; {"params"'),
+        (lambda p: optim.Adam([p * 2]), ValueError, "params: got a tensor that an operation made"),
         (lambda p: optim.SGD(p, nesterov=True), ValueError, "nesterov: needs momentum > 0 and dampening = 0"),
         (lambda p: optim.clip_grad_norm_([p], 0), ValueError, "max_norm: got 0; a positive number is accepted"),
         (lambda p: optim.CosineAnnealingLR(optim.SGD(p), 0), ValueError, "T_max: got 0; at least 1 is accepted"),
@@ -368,3 +374,21 @@ def test_the_next_step_uses_the_new_rate():
         optimizer.step()
         schedule.step()
     assert p.data.tolist() == [-111]
+
+
+def test_the_state_follows_a_model_that_changes_its_dtype():
+    """Its numbers are kept, and what is computed from then on has the new dtype's digits."""
+    p, q = one([1.0, -2.0]), one([1.0, -2.0])
+    p.data = p.data.astype("float32")
+    first, second = optim.Adam([p], lr=0.1), optim.Adam([q], lr=0.1)
+    for _ in range(3):
+        p.grad, q.grad = np.array([0.5, 0.25], "float32"), np.array([0.5, 0.25])
+        first.step()
+        second.step()
+    p.data, p.grad = p.data.astype("float64"), np.array([0.1, 0.7])
+    first.step()
+    assert p.dtype == first.state_dict()["0.exp_avg"].dtype == "float64"
+    np.testing.assert_allclose(
+        first.state_dict()["0.exp_avg"], second.state_dict()["0.exp_avg"] * 0.9 + [0.01, 0.07], rtol=1e-6
+    )
+    assert first.state_dict()["0.step"].tolist() == [4]
