@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import backend, ops
+from .checks import check_count
 from .module import Module, Parameter, assign, closest
 from .tensor import Tensor
 
@@ -54,9 +55,8 @@ class Linear(Module):
         dtype: Any = None,
         rng: np.random.Generator | int | None = None,
     ) -> None:
-        if in_features < 1 or out_features < 1:
-            raise ValueError(f"in_features, out_features: got {in_features}, {out_features}; at least 1 is accepted")
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = check_count("in_features", in_features)
+        self.out_features = check_count("out_features", out_features)
         rng, bound = backend.generator(rng), in_features**-0.5
         self.weight = Parameter(uniform(rng, bound, (out_features, in_features), dtype))
         self.bias = Parameter(uniform(rng, bound, (out_features,), dtype)) if bias else None
@@ -90,7 +90,8 @@ class Embedding(Module):
         dtype: Any = None,
         rng: np.random.Generator | int | None = None,
     ) -> None:
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.num_embeddings = check_count("num_embeddings", num_embeddings)
+        self.embedding_dim = check_count("embedding_dim", embedding_dim)
         values = backend.generator(rng).standard_normal((num_embeddings, embedding_dim))
         self.weight = Parameter(values.astype(dtype or backend.get_default_dtype()))
 
@@ -175,6 +176,8 @@ class Sequential(Module):
 
     def __init__(self, *layers: Module) -> None:
         for i, layer in enumerate(layers):
+            if not isinstance(layer, Module):
+                raise TypeError(f"layers: number {i} is a {type(layer).__name__}; modules are accepted")
             setattr(self, str(i), layer)
 
     def __iter__(self) -> Iterator[Module]:

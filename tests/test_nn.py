@@ -372,10 +372,19 @@ def test_sequential_is_a_list_of_layers():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: nn.Linear(0, 3), "in_features, out_features: got 0, 3; at least 1 is accepted"),
+        (lambda: nn.Linear(0, 3), "in_features: got 0; an int of at least 1 is accepted"),
+        (lambda: nn.Linear(3, 2.0), "out_features: got 2.0; an int of at least 1 is accepted"),
+        (lambda: nn.Embedding(-1, 3), "num_embeddings: got -1; an int of at least 1 is accepted"),
         (lambda: nn.Dropout(1.0), r"p: got 1.0; a probability in \[0, 1\) is accepted"),
     ],
 )
 def test_layers_refuse_sizes_that_make_no_sense(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("layers", [(nn.Linear(2, 2), ops.relu), ([nn.Linear(2, 2), nn.ReLU()],)])
+def test_sequential_refuses_what_is_no_module(layers):
+    """Not kept as a plain attribute, which forward would leave out without a word."""
+    with pytest.raises(TypeError, match=r"layers: number . is a (function|builtin\w*|list); modules are accepted"):
+        nn.Sequential(*layers)
