@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -83,27 +84,31 @@ def fit(
         progress: show a bar; left out, on a terminal only.
 
     Raises:
+        TypeError: an argument of another kind, or a loss that is not a tensor with one element.
         ValueError: an argument out of its range, nothing to train, a trainable parameter that the optimizer does not
             know, or a checkpoint of another run.
         NonFiniteLossError: the loss, or a parameter that was to be kept, is NaN or infinite. The last checkpoint stays.
     """
     loss_fn = loss_fn or classification_loss
+    callbacks = tuple(callbacks) if isinstance(callbacks, Iterable) else callbacks
+    _check_kinds(model, batches, optimizer, loss_fn, scheduler, callbacks)
     method = method or (getattr(model, "method", None) if hasattr(model, "peft_config") else None) or Method(None)
     _check(steps, grad_accumulation, checkpoint_every, clip_norm, model, optimizer)
     trained = method.changed(model)
+    if checkpoint_dir is None and (resume or checkpoint_every is not None):
+        raise ValueError(f"{'resume' if resume else 'checkpoint_every'}: needs checkpoint_dir")
     checkpoint = Path(checkpoint_dir) / CHECKPOINT if checkpoint_dir is not None else None
+    if checkpoint is not None:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)  # what is no directory shows before the first step
     identity = identity_of(model, trained, optimizer) if checkpoint is not None else {}
     every = checkpoint_every or max(1, steps // 10)
     history, first = History(), 0
     method.run_steps = steps
     method.start(model, optimizer)
-    if resume:
-        if checkpoint is None:
-            raise ValueError("resume: needs checkpoint_dir")
-        if checkpoint.exists():
-            first = load_run(checkpoint, model, trained, optimizer, history, identity, steps, method)
-            if scheduler is not None:
-                scheduler.go_to(first)
+    if resume and checkpoint.exists():
+        first = load_run(checkpoint, model, trained, optimizer, history, identity, steps, method)
+        if scheduler is not None:
+            scheduler.go_to(first)
     stream, start = _stream(batches, first * grad_accumulation), time.perf_counter()
     with in_mode(model, training=True), progress_bar(steps, first, progress) as show:
         for step in range(first, steps):
@@ -130,6 +135,26 @@ def fit(
     return history
 
 
+def _check_kinds(model: Any, batches: Any, optimizer: Any, loss_fn: Any, scheduler: Any, callbacks: Any) -> None:
+    """Raise TypeError for an argument of another kind, ValueError where two of them do not belong together."""
+    iterable = hasattr(batches, "__getitem__") or isinstance(batches, Iterable)
+    kinds = [
+        ("model", model, isinstance(model, Module), "a Module"),
+        ("batches", batches, callable(batches) or iterable, "a function of a number, a sequence or an iterable"),
+        ("optimizer", optimizer, isinstance(optimizer, Optimizer), "an optimizer of minipeft.optim"),
+        ("loss_fn", loss_fn, callable(loss_fn), "a function (model, batch) -> Tensor"),
+        ("scheduler", scheduler, scheduler is None or isinstance(scheduler, LambdaLR), "a schedule of minipeft.optim"),
+        ("callbacks", callbacks, type(callbacks) is tuple and all(map(callable, callbacks)), "a list of functions"),
+    ]
+    for name, value, fits, accepted in kinds:
+        if not fits:
+            raise TypeError(f"{name}: got {value!r:.60}; {accepted} is accepted")
+    if hasattr(batches, "__len__") and not len(batches):
+        raise ValueError("batches: got an empty sequence")
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise ValueError("scheduler: it sets the lr of another optimizer than the one that is passed here")
+
+
 def _check(
     steps: int, accumulation: int, every: int | None, clip: float | None, model: Module, optimizer: Optimizer
 ) -> None:
@@ -138,8 +163,8 @@ def _check(
     if every is not None:
         check_count("checkpoint_every", every)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip_norm: got {clip}; a positive number is accepted")
+    if clip is not None and not (isinstance(clip, Real) and clip > 0):
+        raise ValueError(f"clip_norm: got {clip!r}; a positive number is accepted")
     if not trained:
         raise ValueError("model: no parameter requires a gradient, there is nothing to train")
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -159,8 +184,9 @@ def _accumulate(
     for _ in range(n):
         batch = next(stream)
         loss = loss_fn(model, batch)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn: expected a Tensor with one element, got {type(loss).__name__}")
+        if not isinstance(loss, Tensor) or loss.size != 1:
+            got = f"shape {loss.shape}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn: expected a Tensor with one element, got {got}")
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteLossError(_diagnose(model, loss_fn, batch, step, value))
@@ -188,8 +214,6 @@ def _stream(batches: Any, skip: int) -> Iterator[Any]:
             number += 1
     if hasattr(batches, "__getitem__"):
         length = len(batches) if hasattr(batches, "__len__") else None  # without one: endless, such as digits.batches
-        if length == 0:
-            raise ValueError("batches: got an empty sequence")
         number = skip
         while True:
             yield batches[number if length is None else number % length]

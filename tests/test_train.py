@@ -228,7 +228,9 @@ def fingerprint(model):
         ({"clip_norm": 0}, "clip_norm: got 0"),
         ({"clip_norm": -1.0}, "clip_norm: got -1.0"),
         ({"clip_norm": float("nan")}, "clip_norm: got nan"),
+        ({"clip_norm": "1"}, "clip_norm: got '1'"),
         ({"resume": True}, "resume: needs checkpoint_dir"),
+        ({"checkpoint_every": 2}, "checkpoint_every: needs checkpoint_dir"),
     ],
 )
 def test_an_argument_out_of_range_is_named_before_anything_happens(options, words):
@@ -236,6 +238,49 @@ def test_an_argument_out_of_range_is_named_before_anything_happens(options, word
     before = fingerprint(model)
     with pytest.raises(ValueError, match=words):
         run(model, batches_of(8), **({"steps": 3} | options))
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": 5}, "model: got 5; a Module"),
+        ({"batches": None}, "batches: got None; a function of a number, a sequence or an iterable"),
+        ({"optimizer": "adam"}, "optimizer: got 'adam'; an optimizer"),
+        ({"loss_fn": "mse"}, "loss_fn: got 'mse'; a function"),
+        ({"scheduler": "cosine"}, "scheduler: got 'cosine'; a schedule"),
+        ({"callbacks": print}, "callbacks: got <built-in function print>; a list of functions"),
+        ({"callbacks": [1]}, r"callbacks: got \(1,\); a list of functions"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named_before_anything_happens(options, words):
+    model = mlp()
+    before = fingerprint(model)
+    arguments = {"model": model, "batches": batches_of(8), "optimizer": sgd(model), "steps": 3} | options
+    with pytest.raises(TypeError, match=words):
+        fit(arguments.pop("model"), arguments.pop("batches"), **arguments)
+    assert fingerprint(model) == before
+
+
+def test_a_schedule_of_another_optimizer_is_refused():
+    """It would leave the lr of this one as it is."""
+    model = mlp()
+    with pytest.raises(ValueError, match="scheduler: it sets the lr of another optimizer"):
+        run(model, batches_of(8), 1, scheduler=optim.CosineAnnealingLR(sgd(model), 3))
+
+
+def test_callbacks_may_come_from_a_generator():
+    seen = []
+    run(mlp(), batches_of(8), 3, callbacks=(call for call in [lambda progress: seen.append(progress.step)]))
+    assert seen == [1, 2, 3]
+
+
+def test_a_checkpoint_dir_that_is_a_file_is_told_before_the_first_step(tmp_path):
+    model, path = mlp(), tmp_path / "file"
+    path.touch()
+    before = fingerprint(model)
+    with pytest.raises(FileExistsError, match="file"):
+        run(model, batches_of(8), 3, checkpoint_dir=path)
     assert fingerprint(model) == before
 
 
@@ -265,7 +310,7 @@ def test_a_loss_function_that_gives_no_tensor_is_explained(loss):
 
 
 def test_a_loss_of_many_numbers_is_explained():
-    with pytest.raises(ValueError, match="24 elements"):
+    with pytest.raises(TypeError, match=r"loss_fn: expected a Tensor with one element, got shape \(8, 3\)"):
         run(mlp(), batches_of(8), 1, loss_fn=lambda model, batch: model(batch[0]))
 
 
