@@ -187,7 +187,7 @@ def _beside(found: dict[tuple[str, str, str], dict[str, Any]], lang: str) -> str
     if saving := at("lora", "minipeft checkpointing"):
         memory, time = (saving[k] / lora[k] for k in ("peak", "seconds"))
         en.append(f"With checkpointing LoRA's step takes {memory:.2f} of the memory and {time:.2f} times the time.")
-        zh.append(f"加上重计算（checkpointing），LoRA 一步用 {memory:.2f} 倍的内存、{time:.2f} 倍的时间。")
+        zh.append(f"加上激活重算（checkpointing），LoRA 一步用 {memory:.2f} 倍的内存、{time:.2f} 倍的时间。")
     if half := at("lora", "torch bfloat16"):
         took = f"{half['seconds']:.2f} s", f"{half['peak']:.2f} GiB"
         en.append(f"torch's in bfloat16, for which NumPy has no products, takes {took[0]} and {took[1]}.")

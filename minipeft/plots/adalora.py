@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 KEEPING = {  # what keeps P and Q orthogonal
     "Gram–Schmidt": (("Gram–Schmidt", "Gram–Schmidt 投影"), BLUE, "-"),
-    "penalty": (("penalty (paper)", "正则项（论文）"), ORANGE, (0, (5, 2))),
+    "penalty": (("penalty (paper)", "惩罚项（论文）"), ORANGE, (0, (5, 2))),
     "neither": (("neither", "都不用"), GREY, (0, (1, 1))),
 }
 
@@ -42,7 +42,7 @@ def ranks() -> Figure:
     return source(
         figure,
         "claim adalora.reallocate: four modules that need ranks 12, 6, 3, 3 (triangles); all start with 12",
-        "结论 adalora.reallocate：四个模块实际需要的秩为 12、6、3、3（三角标记）；均从 12 开始",
+        "论断 adalora.reallocate：四个模块实际需要的秩为 12、6、3、3（三角标记）；均从 12 开始",
     )
 
 
@@ -70,7 +70,7 @@ def importance() -> Figure:
     return source(
         figure,
         f"claim adalora.importance: MLP on rotated digits, 24 directions, no training after it, {len(seeds)} seeds",
-        f"结论 adalora.importance：MLP，旋转的手写数字，24 个方向，裁剪后不再训练，{len(seeds)} 个种子",
+        f"论断 adalora.importance：MLP，旋转的手写数字，24 个方向，裁剪后不再训练，{len(seeds)} 个种子",
     )
 
 
@@ -89,5 +89,5 @@ def orthogonality() -> Figure:
     return source(
         figure,
         "claim adalora.orthogonal: the largest over all modules, mean over seeds",
-        "结论 adalora.orthogonal：各模块中的最大值，对种子取平均",
+        "论断 adalora.orthogonal：各模块中的最大值，对种子取平均",
     )

@@ -66,7 +66,7 @@ def adaptation() -> Figure:
 
     Lines and bars are means over the seeds, bands and whiskers the smallest and largest.
     """
-    full, lora = t("full", "全参数微调"), "LoRA, r = {}"
+    full, lora = t("full", "全参数微调"), t("LoRA, r = {}", "LoRA，r = {}")
     rows = {full: ("full", 8, VERMILION, (0, (5, 2)))}
     rows |= {lora.format(r): ("lora", r, c, d) for r, c, d in ((8, GREEN, "-"), (2, BLUE, (0, (3, 1))), (1, SKY, "-."))}
     runs = {name: [adapt(m, r=r, seed=seed) for seed in SEEDS] for name, (m, r, *_) in rows.items()}

@@ -37,5 +37,5 @@ def magnitude_direction() -> Figure:
     return source(
         figure,
         "claim dora.decoupled: twelve projections of the ViT trained on rotated digits; as Liu et al. 2024, figure 2",
-        "结论 dora.decoupled：ViT 的十二个投影矩阵，在旋转的手写数字上训练后；对照 Liu 等 2024，图 2",
+        "论断 dora.decoupled：ViT 的十二个投影矩阵，在旋转的手写数字上训练后；对照 Liu 等 2024，图 2",
     )

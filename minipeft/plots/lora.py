@@ -118,7 +118,7 @@ def initialization() -> Figure:
     return source(
         figure,
         "claim lora.one-zero: one layer 16 → 12, r = 4, gradient descent with η = 0.5 on a regression",
-        "结论 lora.one-zero：单层 16 → 12，r = 4，学习率 0.5 的梯度下降，回归任务",
+        "论断 lora.one-zero：单层 16 → 12，r = 4，学习率 0.5 的梯度下降，回归任务",
     )
 
 
@@ -145,7 +145,7 @@ def merge() -> Figure:
     return source(
         figure,
         "claim lora.merge: 12 trained layers of the ViT, r = 8, products in float64",
-        "结论 lora.merge：ViT 中训练过的 12 层，r = 8，乘积用 float64 计算",
+        "论断 lora.merge：ViT 中训练过的 12 层，r = 8，乘积用 float64 计算",
     )
 
 
@@ -160,8 +160,8 @@ def memory() -> Figure:
     here = {
         t("full, SGD", "全参数，SGD"): found["full sgd"],
         t("full, AdamW", "全参数，AdamW"): found["full adamw"],
-        "LoRA, SGD": found["lora sgd"],
-        "LoRA, AdamW": found["lora adamw"],
+        t("LoRA, SGD", "LoRA，SGD"): found["lora sgd"],
+        t("LoRA, AdamW", "LoRA，AdamW"): found["lora adamw"],
     }
     seven = {
         name: estimate_memory("7B", method, r=8, batch=1, seq=512, dtype_bytes=2, checkpointing=True).as_dict()
@@ -253,7 +253,7 @@ def movement() -> Figure:
     return source(
         figure,
         "claim lora.early-movement: ViT on rotated digits, AdamW, constant learning rate 0.003",
-        "结论 lora.early-movement：ViT，旋转的手写数字，AdamW，固定学习率 0.003",
+        "论断 lora.early-movement：ViT，旋转的手写数字，AdamW，固定学习率 0.003",
     )
 
 
@@ -281,7 +281,7 @@ def efficiency() -> Figure:
     return source(
         figure,
         "claim lora.not-train-efficient: a Llama of 4 blocks, width 192; forward and backward, counted as executed",
-        "结论 lora.not-train-efficient：4 层、宽 192 的 Llama；前向与反向，按实际执行计数",
+        "论断 lora.not-train-efficient：4 层、宽 192 的 Llama；前向与反向，按实际执行计数",
     )
 
 
@@ -308,5 +308,5 @@ def hybrid() -> Figure:
     return source(
         figure,
         "claim lora.hybrid: MLP on rotated digits, r = 8; mean and standard deviation over seeds",
-        "结论 lora.hybrid：MLP，旋转的手写数字，r = 8；对种子取平均与标准差",
+        "论断 lora.hybrid：MLP，旋转的手写数字，r = 8；对种子取平均与标准差",
     )

@@ -36,7 +36,7 @@ def alignment() -> Figure:
     return source(
         figure,
         "claim loraga.alignment: first update against gradient, 12 projections of the ViT; means, lines: the range",
-        "结论 loraga.alignment：第一步更新与梯度的夹角余弦，ViT 的十二个投影矩阵；点为平均，线为范围",
+        "论断 loraga.alignment：第一步更新与梯度的夹角余弦，ViT 的十二个投影矩阵；点为平均，线为范围",
     )
 
 
@@ -62,7 +62,7 @@ def convergence() -> Figure:
     return source(
         figure,
         "claim loraga.convergence: MLP on rotated digits, AdamW, 3 seeds; bands from smallest to largest",
-        "结论 loraga.convergence：MLP，旋转的手写数字，AdamW，3 个种子；色带为最小到最大",
+        "论断 loraga.convergence：MLP，旋转的手写数字，AdamW，3 个种子；色带为最小到最大",
     )
 
 
@@ -84,5 +84,5 @@ def accumulation() -> Figure:
     return source(
         figure,
         "claim loraga.accumulation-memory: live arrays; each micro-batch's activations are freed by its backward",
-        "结论 loraga.accumulation-memory：存活数组；每个微批次的激活值在其反向传播后即释放",
+        "论断 loraga.accumulation-memory：存活数组；每个微批次的激活值在其反向传播后即释放",
     )

@@ -47,7 +47,7 @@ def projection() -> Figure:
     return source(
         figure,
         "pictures: a Gaussian gradient 12×16, r = 2, share of ‖g‖²; points: claim lorapro.optimal, 30 random layers",
-        "图像：12×16 的高斯梯度，r = 2，占 ‖g‖² 的比例；散点：结论 lorapro.optimal，30 个随机层",
+        "图像：12×16 的高斯梯度，r = 2，占 ‖g‖² 的比例；散点：论断 lorapro.optimal，30 个随机层",
     )
 
 
@@ -63,12 +63,13 @@ def gap() -> Figure:
     figure, axes = panels(1, size=(9, 4.2))
     for i, (key, (_, colour, marker)) in enumerate(names.items()):
         axes.plot(found[key], [i] * len(found[key]), marker, color=colour, ms=12, alpha=0.8)
-        axes.text(max(found[key]), i - 0.28, f"{np.mean(found[key]):.2f}", ha="center", color=colour)
-    axes.axvline(np.mean(found["full training"]), color=VERMILION, ls=":", lw=2)
+        mean, paper = np.mean(found[key]), {"fc": "white", "ec": "none", "pad": 1}
+        axes.text(mean, i - 0.28, f"{mean:.2f}", ha="center", color=colour, bbox=paper)
+    axes.axvline(np.mean(found["full training"]), color=VERMILION, ls=":", lw=2, zorder=1)
     axes.set(yticks=range(len(names)), yticklabels=[name for name, *_ in names.values()], ylim=(3.5, -0.6))
     axes.set(xlabel=t("training loss, last 10 of 60 steps", "训练损失（60 步中的最后 10 步）"), xlim=(0, None))
     return source(
         figure,
-        "claim lorapro.gap: MLP on rotated digits, r = 8, AdamW, 3 seeds",
-        "结论 lorapro.gap：MLP，旋转的手写数字，r = 8，AdamW，3 个种子",
+        "claim lorapro.gap: MLP on rotated digits, r = 8, AdamW, 3 seeds; numbers: means",
+        "论断 lorapro.gap：MLP，旋转的手写数字，r = 8，AdamW，3 个种子；数字为平均",
     )

@@ -67,7 +67,7 @@ def quantization_error() -> Figure:
     return source(
         figure,
         "claim qlora.nf4-error: 512² numbers from N(0, 0.02²); the twelve projections of the pre-trained ViT",
-        "结论 qlora.nf4-error：512² 个 N(0, 0.02²) 随机数；预训练 ViT 的十二个投影矩阵",
+        "论断 qlora.nf4-error：512² 个 N(0, 0.02²) 随机数；预训练 ViT 的十二个投影矩阵",
     )
 
 
@@ -107,7 +107,7 @@ def dequantization() -> Figure:
     return source(
         figure,
         f"claim qlora.dynamic-dequant: square layers in NF4, a full float32 weight has {weight / 2**20:.0f} MiB; r = 8",
-        f"结论 qlora.dynamic-dequant：NF4 方阵层，一个 float32 全精度权重为 {weight / 2**20:.0f} MiB；r = 8",
+        f"论断 qlora.dynamic-dequant：NF4 方阵层，一个 float32 全精度权重为 {weight / 2**20:.0f} MiB；r = 8",
     )
 
 
@@ -123,7 +123,7 @@ def static_quantization() -> Figure:
     figure, axes = panels(1, size=(9.5, 4.6))
     for key, (name, colour, dashes) in styles.items():
         losses = np.convolve(found["curves"][key], np.ones(10) / 10, mode="valid")
-        label = f"{name}: {100 * found['accuracy'][key]:.0f} %"
+        label = f"{name}{t(': ', '：')}{100 * found['accuracy'][key]:.0f} %"
         axes.plot(np.arange(len(losses)) + 10, losses, color=colour, ls=dashes, label=label)
     axes.set(
         xlabel=t("step", "步"),
@@ -137,7 +137,7 @@ def static_quantization() -> Figure:
     return source(
         figure,
         "claim qlora.static-quant: MLP on rotated digits; all but QLoRA train every weight",
-        "结论 qlora.static-quant：MLP，旋转的手写数字；除 QLoRA 外均训练全部权重",
+        "论断 qlora.static-quant：MLP，旋转的手写数字；除 QLoRA 外均训练全部权重",
     )
 
 
@@ -167,7 +167,7 @@ def seven_billion() -> Figure:
     return source(
         figure,
         f"claim qlora.7b: by formula, batch 1, 512 tokens, r = 16, checkpointing; sum {sizes.sum():.2f} GB",
-        f"结论 qlora.7b：按公式，批大小 1，512 词元，r = 16，激活重算；合计 {sizes.sum():.2f} GB，不含 GPU 运行时",
+        f"论断 qlora.7b：按公式，批大小 1，512 词元，r = 16，激活重算；合计 {sizes.sum():.2f} GB，不含 GPU 运行时",
     )
 
 
@@ -177,8 +177,8 @@ def low_bits() -> Figure:
     bits = list(found)
     styles = {
         "own_accuracy": (t("digits that it knows", "原任务"), GREY, "^:"),
-        "easy_accuracy": (t("adapted to mirrored digits", "适配镜像数字（易）"), GREEN, "s--"),
-        "hard_accuracy": (t("adapted to rotated digits", "适配旋转数字（难）"), VERMILION, "o-"),
+        "easy_accuracy": (t("adapted to mirrored digits", "适配镜像数字"), GREEN, "s--"),
+        "hard_accuracy": (t("adapted to rotated digits", "适配旋转数字"), VERMILION, "o-"),
     }
     figure, (errors, accuracy) = panels(2)
     errors.bar(bits, [100 * found[b]["weight_error"] for b in bits], color=BLUE)
@@ -191,5 +191,5 @@ def low_bits() -> Figure:
     return source(
         figure,
         "claim qlora.low-bits: MLP with weights in normal floats, adapters of r = 8, 200 steps",
-        "结论 qlora.low-bits：权重为正态浮点编码的 MLP，适配器 r = 8，200 步",
+        "论断 qlora.low-bits：权重为正态浮点编码的 MLP，适配器 r = 8，200 步",
     )
