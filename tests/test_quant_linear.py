@@ -15,6 +15,7 @@ from minipeft.methods.lora import LoraConfig, lora_linear
 from minipeft.models import load_base
 from minipeft.peft import get_peft_model
 from minipeft.quant import Linear4bit, Linear8bit, QuantizedLinear
+from minipeft.quant.linear import buffer_bytes
 from minipeft.tensor import Held, Tensor
 
 
@@ -112,7 +113,10 @@ def test_backward_makes_no_gradient_of_the_weight_and_at_most_one_full_weight_ex
 @pytest.mark.usefixtures("one_thread")
 def test_the_buffer_is_used_again():
     layer, x = Linear4bit.from_linear(linear(1024, 1024)), inputs(1, 1024)
+    quant.release_buffers()
+    assert buffer_bytes() == 0
     layer(x)
+    assert buffer_bytes() == 1024 * 1024 * 4
     tracemalloc.start()
     layer(x)
     peak = tracemalloc.get_traced_memory()[1]

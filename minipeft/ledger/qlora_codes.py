@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
-from ..measure import memory_report, nf4_bytes
+from ..measure import llama_shape, memory_report, nf4_bytes
 from ..models import load_base
 from ..nn import Linear
 from ..quant import Linear4bit, Linear8bit, codes, dequantize_rows, llm_int8, quantize_rows
@@ -203,8 +203,9 @@ def double_quantization() -> Evidence:
     """Bytes saved by the second level and the error that it adds, on normal and on trained weights."""
     found = {name: _second_level(W) for name, W in (("normal", normal_weights()), ("trained", trained_weights()))}
     normal, trained = found["normal"], found["trained"]
-    matrices = 6_476_005_376  # the weights in a 7B Llama's blocks
-    saved = matrices * 4 / 64 - (nf4_bytes(matrices) - matrices // 2)
+    shape = llama_shape("7B")
+    sizes = [out * in_ for out, in_ in shape.matrices.values()]
+    saved = shape.num_hidden_layers * sum(n // 2 + 4 * n // 64 - nf4_bytes(n) for n in sizes)
     bits, gigabytes = f"{normal['saved']:.3f}", f"{saved / 1e9:.2f}"
     grows, grows_trained = (f"{case['error_ratio'] - 1:.2%}" for case in (normal, trained))
     off, off_trained = (f"{case['maxima']:.2%}" for case in (normal, trained))

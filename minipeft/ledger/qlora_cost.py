@@ -14,7 +14,7 @@ from ..models.llama import Llama, LlamaConfig
 from ..nn import Module
 from ..peft import get_peft_model
 from ..quant import linear as coded
-from ..quant import quantize_model
+from ..quant import quantize_model, release_buffers
 from . import Evidence, chinese_marks, claim
 from .qlora_steps import chain, chain_loss, dequantizations
 
@@ -68,7 +68,7 @@ def batch() -> Evidence:
     models = {kind: chain(kind, DEPTH, WIDTH) for kind in ("lora", "qlora")}
     budget = int(1.5 * chain_bytes("lora", 1))
     rows = {kind: largest_batch(functools.partial(chain_bytes, kind), budget) for kind in models}
-    live = {kind: _live_bytes(kind, models[kind], rows[kind]) for kind in models}
+    live = {kind: _live_bytes(models[kind], rows[kind]) for kind in models}
     steps = {
         "LoRA": _step(models["lora"], rows["lora"], WIDTH),
         "QLoRA, same batch": _step(models["qlora"], rows["lora"], WIDTH),
@@ -121,8 +121,9 @@ def chain_bytes(kind: str, rows: int) -> int:
     return estimate_memory(_plain_chain(), kind, batch=rows).total + (kind == "qlora") * 4 * WIDTH**2
 
 
-def _live_bytes(kind: str, model: Module, rows: int) -> int:
+def _live_bytes(model: Module, rows: int) -> int:
     """The same from live arrays, between forward and backward of a second step."""
+    release_buffers()  # larger ones of models before
     optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     x = np.random.default_rng(0).standard_normal((rows, WIDTH)).astype("float32")
     for _ in range(2):
@@ -130,7 +131,7 @@ def _live_bytes(kind: str, model: Module, rows: int) -> int:
         report = memory_report(model, optimizer)
         loss.backward()
         optimizer.step()
-    return report.total + (kind == "qlora") * 4 * WIDTH**2
+    return report.total + coded.buffer_bytes()
 
 
 def _predicted_throughput(model: Module, rows: dict[str, int], lora_seconds: float) -> float:
@@ -194,10 +195,6 @@ def seven_billion() -> Evidence:
             "small_llama": {"formula": formula, "live": live},
         },
     )
-
-
-def _total_7b(r: int, checkpointing: bool, seq: int) -> int:
-    return sum(qlora_parts("7B", r, seq, checkpointing).values())
 
 
 def qlora_parts(size: str, r: int, seq: int, checkpointing: bool, batch: int = 1) -> dict[str, int]:

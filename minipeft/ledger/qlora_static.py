@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,7 +193,11 @@ ARITHMETIC = {  # rounding of inputs, of gradients, of the adapters after each s
 
 @functools.cache
 def train_in_four_bits(arithmetic: str) -> dict[str, Any]:
-    """QLoRA on the MLP with such products: losses, accuracy; at the end the error of gradients, and ‖ΔW‖."""
+    """QLoRA on the MLP with such products: losses, accuracy; at the end the error of gradients, and ‖ΔW‖.
+
+    Of adapters in 4 bits also what became of steps from a block's maximum towards zero: how many, and how many of the
+    numbers were as large as before, or larger, once they were rounded.
+    """
     inputs, gradients, adapters = ARITHMETIC[arithmetic]
     task, model = data.digits.transfer(), quantize_model(load_base("mlp"))
     batches = data.digits.batches(*task.train, batch_size=BATCH, seed=0)
@@ -200,31 +205,49 @@ def train_in_four_bits(arithmetic: str) -> dict[str, Any]:
     for name, layer in list(model.adapter_layers()):
         model.get_base_model().set_submodule(name, FourBit(layer, inputs, gradients))
     trained = [p for p in model.parameters() if p.requires_grad]
+    before, steps_down = [p.data.copy() for p in trained], np.zeros(2, int)
 
     def after_step(progress: Progress) -> None:
-        for p in trained:
-            p.data[...] = round_to_nf4(p.data)
+        for p, old in zip(trained, before, strict=True):
+            wanted = p.data.copy()
+            p.data[...] = round_to_nf4(wanted)
+            steps_down[:] += _steps_down(old, wanted, p.data)
+            old[...] = p.data
 
     optimizer, callbacks = optim.AdamW(trained, lr=METHODS["lora"].lr), [after_step] if adapters else []
     history = fit(model, batches, steps=STEPS, optimizer=optimizer, callbacks=callbacks, progress=False)
     reached = accuracy(model.eval(), *task.test)
-    rounded = _gradients(model, batches[0])
+    one_epoch = [batches[i] for i in range(math.ceil(batches.steps_per_epoch))]
+    rounded = _gradients(model, one_epoch)
     for layer in model.modules():
         if isinstance(layer, FourBit):
             layer.inputs = layer.gradients = None
-    exact = _gradients(model, batches[0])
+    exact = _gradients(model, one_epoch)
     error = float(np.linalg.norm(rounded - exact) / np.linalg.norm(exact))
     update = max(float(np.linalg.norm(layer.delta("default"))) for _, layer in model.adapter_layers())
-    return {"curve": history.loss, "accuracy": reached, "gradient_error": error, "update": update}
+    found = {"curve": history.loss, "accuracy": reached, "gradient_error": error, "update": update}
+    return found | ({"steps_down": int(steps_down[0]), "rounded_up": int(steps_down[1])} if adapters else {})
 
 
-def _gradients(model: Module, batch: Any) -> np.ndarray:
-    """The gradients of all adapters, one after the other."""
+def _steps_down(before: np.ndarray, wanted: np.ndarray, after: np.ndarray) -> tuple[int, int]:
+    """Of before → wanted, rounded to after: the steps of a block's largest numbers towards zero, and how many of the
+    numbers did not become smaller.
+    """
+    largest = np.repeat(quantize_nf4(before).absmax, 64)[: before.size].reshape(before.shape)
+    down = (np.abs(before) == largest) & (np.abs(wanted) < largest)
+    return int(down.sum()), int((down & (np.abs(after) >= largest)).sum())
+
+
+def _gradients(model: Module, batches: Any) -> np.ndarray:
+    """The gradients of all adapters on each batch, one after the other. Of a single batch the error is accidental."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        p.grad = None
-    classification_loss(model, batch).backward()
-    return np.concatenate([p.grad.reshape(-1) for p in trained])
+    found = []
+    for batch in batches:
+        for p in trained:
+            p.grad = None
+        classification_loss(model, batch).backward()
+        found += [p.grad.reshape(-1) for p in trained]
+    return np.concatenate(found)
 
 
 @claim("qlora.4bit-arithmetic", "Computing in 4 bits directly makes training fail, by the error of the gradients.")
@@ -243,13 +266,17 @@ def four_bit_arithmetic() -> Evidence:
         off = f"{found[name]['gradient_error']:.0%}"
         rows.append(f"{name} {loss} ({reached}, {off} off)")
         rows_zh.append(f"{zh} {loss}（{reached}，误差 {off}）")
-    grown = found["adapters too"]["update"] / found["full precision"]["update"]
+    coded = found["adapters too"]
+    grown, back = (
+        coded["update"] / found["full precision"]["update"],
+        f"{coded['rounded_up'] / coded['steps_down']:.1%}",
+    )
     return Evidence(
         f"Loss after {STEPS} steps (accuracy, error of the gradients at the end) by what is in 4 bits: "
-        f"{'; '.join(rows)}. With the adapters in NF4 ‖ΔW‖ grows {grown:.0f} times as large: numbers near their "
-        "block's maximum are rounded up to it, and steps down from there are below half a code step.",
+        f"{'; '.join(rows)}. With the adapters in NF4 ‖ΔW‖ grows {grown:.0f} times as large: of the steps down from a "
+        f"block's maximum {back} are below half a code step, and rounded up again.",
         f"{STEPS} 步后的损失（准确率，最后的梯度误差），按用 4 比特的量列出：{'；'.join(rows_zh)}。"
-        f"适配器也存成 NF4 时，‖ΔW‖ 增大到 {grown:.0f} 倍：接近块最大值的数会被舍入到最大值，"
-        "而从那里往回走的一步又不足半个编码间隔。",
+        f"适配器也存成 NF4 时，‖ΔW‖ 增大到 {grown:.0f} 倍：从块最大值往回走的步子中，有 {back} "
+        "不足半个编码间隔，又被舍入回最大值。",
         figures=found,
     )

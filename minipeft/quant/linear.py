@@ -42,6 +42,11 @@ def release_buffers() -> None:
     vars(_buffers).pop("arrays", None)
 
 
+def buffer_bytes() -> int:
+    """Bytes of this thread's buffers."""
+    return sum(array.nbytes for array in vars(_buffers).get("arrays", {}).values())
+
+
 class QuantizedWeight(Tensor):
     """What `layer.weight` is in a layer that holds codes: looks like W, is read-only, never trains.
 
