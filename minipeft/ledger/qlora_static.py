@@ -267,10 +267,8 @@ def four_bit_arithmetic() -> Evidence:
         rows.append(f"{name} {loss} ({reached}, {off} off)")
         rows_zh.append(f"{zh} {loss}（{reached}，误差 {off}）")
     coded = found["adapters too"]
-    grown, back = (
-        coded["update"] / found["full precision"]["update"],
-        f"{coded['rounded_up'] / coded['steps_down']:.1%}",
-    )
+    grown = coded["update"] / found["full precision"]["update"]
+    back = f"{coded['rounded_up'] / coded['steps_down']:.1%}"
     return Evidence(
         f"Loss after {STEPS} steps (accuracy, error of the gradients at the end) by what is in 4 bits: "
         f"{'; '.join(rows)}. With the adapters in NF4 ‖ΔW‖ grows {grown:.0f} times as large: of the steps down from a "
