@@ -328,7 +328,7 @@ def better() -> Evidence:
     )
     *rates, last = [f"{lr:g}" for lr in RATES]
     return Evidence(
-        f"MLP on shifted digits, 100 steps, {len(SEEDS)} seeds, lr {', '.join(rates)} or {last}, chosen for each on "
+        f"MLP on rotated digits, 100 steps, {len(SEEDS)} seeds, lr {', '.join(rates)} or {last}, chosen for each on "
         f"validation digits; test accuracy ± deviation: {shown}.",
         f"MLP，旋转的手写数字，100 步，{len(SEEDS)} 个种子，lr 为 {'、'.join(rates)} 或 {last}，各自在验证集上选取；"
         f"测试准确率 ± 标准差：{chinese_marks(shown)}。",
