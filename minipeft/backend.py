@@ -143,6 +143,11 @@ class FlopCounter:
             counts[op] = counts.get(op, 0) + self.uncredited
             self.uncredited = 0
 
+    def backward_already(self, op: str, flops: int) -> None:
+        """So many of the products since the last call formed a gradient, in an operation's forward pass."""
+        self.uncredited -= flops
+        self.counts["backward"][op] = self.counts["backward"].get(op, 0) + flops
+
     def add(self, other: FlopCounter) -> None:
         """Take over another counter's counts."""
         for phase, counts in other.counts.items():

@@ -22,6 +22,7 @@ from minipeft import (
     get_peft_model,
     measure,
     nn,
+    no_grad,
     ops,
     optim,
 )
@@ -526,6 +527,21 @@ def test_attention_counts_its_two_products_and_their_four_gradients():
         ops.scaled_dot_product_attention(q, k, v).sum().backward()
     product = 2 * (2 * 3) * 5 * 5 * 4
     assert flops.counts == {"forward": {"attention": 2 * product}, "backward": {"attention": 4 * product}}
+
+
+@pytest.mark.parametrize(("trains_x", "trains_w"), [(False, False), (True, False), (False, True), (True, True)])
+def test_the_fused_loss_counts_gradients_that_its_forward_pass_forms_as_backward(trains_x, trains_w):
+    x = Tensor(np.ones((ROWS, IN)), requires_grad=trains_x, dtype="float32")
+    w = Tensor(np.ones((OUT, IN)), requires_grad=trains_w, dtype="float32")
+    targets, product = [0, 1, -100, 2, 3, 0], 2 * (ROWS - 1) * IN * OUT  # a row that is ignored costs nothing
+    with count_flops() as flops:
+        loss = ops.linear_cross_entropy(x, w, targets, chunk=2)
+        if trains_x or trains_w:
+            loss.backward()
+    assert (flops.forward, flops.backward) == (product, (trains_x + trains_w) * product)
+    with count_flops() as flops, no_grad():
+        ops.linear_cross_entropy(x, w, targets, chunk=2)
+    assert (flops.forward, flops.backward) == (product, 0)
 
 
 def test_nested_counters_both_count():

@@ -10,7 +10,7 @@ import numpy as np
 from .. import backend, threads
 from ..backend import Array, get_namespace
 from ..checks import check_count
-from ..tensor import Tensor, result
+from ..tensor import Tensor, is_grad_enabled, result
 from .inputs import floats
 
 
@@ -69,7 +69,7 @@ def linear_cross_entropy(x: Any, weight: Tensor, targets: Any, ignore_index: int
     """cross_entropy(x Wᵀ, targets) for x (N, d) and W (V, d), in pieces: the (N, V) logits never exist.
 
     dx = (p W − W_target)·g/n and dW = (p − onehot)ᵀ x·g/n with p = softmax(x Wᵀ) are formed in the same pass, while a
-    piece of p is at hand, and only scaled in backward. A piece is `chunk` rows where W trains, and 32·`chunk` columns,
+    piece of p is at hand, and only scaled in backward (`count_flops` counts them there). A piece is `chunk` rows where W trains, and 32·`chunk` columns,
     for all rows, where it is frozen. Rows whose target is ignored cost nothing.
     """
     x, weight = floats("linear_cross_entropy", x, weight)
@@ -81,8 +81,8 @@ def linear_cross_entropy(x: Any, weight: Tensor, targets: Any, ignore_index: int
     if kept is not None:
         kept = xp.nonzero(kept)[0]
         rows, targets = rows[kept], targets[kept]
-    dx = xp.empty_like(rows) if x.requires_grad else None
-    if weight.requires_grad:
+    dx = xp.empty_like(rows) if x.requires_grad and is_grad_enabled() else None
+    if weight.requires_grad and is_grad_enabled():
         loss, dw = _by_rows(rows, w, targets, chunk, dx)
     else:
         count = threads.available() if xp is np and rows.size >= _LEAST else 1
@@ -90,6 +90,10 @@ def linear_cross_entropy(x: Any, weight: Tensor, targets: Any, ignore_index: int
         parts = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         own = [(rows[part], w, targets[part], 32 * chunk, None if dx is None else dx[part]) for part in parts]
         loss, dw = sum(threads.side_by_side([partial(_by_columns, *arguments) for arguments in own])), None
+
+    if backend.flop_counter is not None:
+        gradients = (dx is not None) + (dw is not None)
+        backend.flop_counter.backward_already("linear_cross_entropy", gradients * 2 * rows.size * len(w))
 
     def grad_x(g: Array) -> Array:
         scaled = dx * (g / n)
