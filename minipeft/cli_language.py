@@ -119,30 +119,34 @@ def memory(
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 1,
     seq: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 512,
     dtype_bytes: Annotated[int, typer.Option(help="Bytes of a number that is not quantized: 4 or 2.")] = 2,
+    adapter_bytes: Annotated[int, typer.Option(help="Of an adapter's, its gradient's and states': 4 or 2.")] = 4,
     optimizer: Annotated[str, typer.Option(help="sgd, momentum, adam, adamw or amsgrad.")] = "adamw",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Blocks keep only their input.")] = False,
 ) -> None:
     """What fine-tuning a language model of any size needs in memory, part by part, by formula."""
     from rich.table import Table
 
-    from .measure import estimate_memory, format_bytes
+    from .measure import format_bytes, memory_parts
 
     methods = ("full", "lora", "qlora") if method == "all" else (method,)
-    options = {"batch": batch, "seq": seq, "dtype_bytes": dtype_bytes, "optimizer": optimizer}
-    if dtype_bytes not in (2, 4):
-        fail(f"--dtype-bytes: got {dtype_bytes}; accepted are 4 and 2")
+    for name, size in {"--dtype-bytes": dtype_bytes, "--adapter-bytes": adapter_bytes}.items():
+        if size not in (2, 4):
+            fail(f"{name}: got {size}; accepted are 4 and 2")
+    options = {"r": r, "batch": batch, "seq": seq, "optimizer": optimizer, "checkpointing": checkpointing}
     with user_errors():
-        reports = [estimate_memory(params, m, r=r, checkpointing=checkpointing, **options) for m in methods]
+        tables = [
+            memory_parts(params, m, dtype_bytes=dtype_bytes, adapter_bytes=adapter_bytes, **options) for m in methods
+        ]
     table = Table(f"{params}, batch {batch}, {seq} tokens", *methods)
     for column in table.columns[1:]:
         column.justify = "right"
-    for part in ("weights", "gradients", "optimizer", "activations", "total"):
-        table.add_row(
-            part, *[format_bytes(getattr(report, part)) for report in reports], end_section=part == "activations"
-        )
+    for part in [part for part in tables[0] if any(parts[part] for parts in tables)]:
+        table.add_row(part, *[format_bytes(parts[part]) if parts[part] else "–" for parts in tables])
+    table.add_section()
+    table.add_row("total", *[format_bytes(sum(parts.values())) for parts in tables])
     out.print(table)
     kept = "inputs of blocks alone are kept (checkpointing)" if checkpointing else "all activations are kept"
-    out.print(f"{dtype_bytes} bytes a number, QLoRA's frozen weights 4.127 bits; {optimizer}, r = {r}; {kept}.")
+    out.print(f"{optimizer}, r = {r}, adapters and what belongs to them in {8 * adapter_bytes} bits; {kept}.")
 
 
 def _ask() -> str | None:

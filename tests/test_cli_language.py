@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
@@ -13,7 +15,8 @@ pytest.importorskip("gguf")
 from test_tokenizer import write_llama
 
 from minipeft import LoraConfig, cli, get_peft_model
-from minipeft.measure import estimate_memory, format_bytes
+from minipeft.ledger.qlora_cost import qlora_parts
+from minipeft.measure import format_bytes, memory_parts
 from minipeft.models import download
 
 
@@ -76,6 +79,7 @@ def test_a_conversation_longer_than_the_context_is_a_clear_error(model):
         (("memory", "--params", "huge"), "got 'huge'"),
         (("memory", "--method", "dora"), "accepted are 'full', 'lora', 'qlora'"),
         (("memory", "--dtype-bytes", "3"), "--dtype-bytes: got 3; accepted are 4 and 2"),
+        (("memory", "--adapter-bytes", "8"), "--adapter-bytes: got 8; accepted are 4 and 2"),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(arguments, words):
@@ -108,10 +112,18 @@ def test_memory_prints_the_formula_s_parts_for_each_method():
     result = run("memory", "--params", "7B", "--seq", "512")
     assert result.exit_code == 0, result.output
     for method in ("full", "lora", "qlora"):
-        assert format_bytes(estimate_memory("7B", method, seq=512, dtype_bytes=2).total) in result.output
+        parts = memory_parts("7B", method, seq=512)
+        assert format_bytes(sum(parts.values())) in result.output
+        assert all(format_bytes(size) in result.output for size in parts.values() if size)
+
+
+def test_memory_prints_the_table_of_the_claim_on_7b():
+    result = run("memory", "--params", "7B", "--method", "qlora", "--r", "16", "--seq", "512", "--checkpointing")
+    for part, size in qlora_parts("7B", 16, 512, checkpointing=True).items():
+        assert re.search(rf"{part} +│ +{format_bytes(size)} ", result.output)
 
 
 def test_checkpointing_needs_less_memory():
     plain, less = (run("memory", "--method", "qlora", *option).output for option in ((), ("--checkpointing",)))
-    assert "6.26 GiB" in plain
-    assert "3.96 GiB" in less
+    assert "6.50 GiB" in plain
+    assert "4.19 GiB" in less

@@ -223,6 +223,16 @@ def test_the_shape_has_as_many_weights_as_the_model_of_that_shape():
     assert SHAPE.parameters == sum(p.size for p in Llama(SHAPE).parameters())
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_the_table_of_parts_is_the_estimate_and_one_weight(method):
+    report = estimate_memory("7B", method, dtype_bytes=2, adapter_bytes=4, checkpointing=True)
+    parts = measure.memory_parts("7B", method, checkpointing=True)
+    assert sum(parts.values()) - parts["one weight dequantized"] == report.total
+    assert parts["one weight dequantized"] == (2 * 4096 * 11008 if method == "qlora" else 0)
+    assert parts["adapters"] == (0 if method == "full" else report.trainable_weights)
+    assert report.optimizer == 2 * report.gradients == 2 * report.trainable_weights
+
+
 def test_adapters_of_7b_have_the_number_of_weights_that_peft_prints():
     report = estimate_memory("7B", "lora", r=16)
     assert report.trainable_weights == 39_976_960 * 4

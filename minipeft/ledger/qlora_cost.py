@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .. import nn, ops, optim
-from ..measure import compare_latency, estimate_memory, llama_shape, memory_report, nf4_bytes
+from ..measure import compare_latency, estimate_memory, memory_parts, memory_report
 from ..methods.lora import LoraConfig
 from ..models.llama import Llama, LlamaConfig
 from ..nn import Module
@@ -197,30 +197,17 @@ def seven_billion() -> Evidence:
     )
 
 
-def qlora_parts(size: str, r: int, seq: int, checkpointing: bool, batch: int = 1) -> dict[str, int]:
-    """Bytes of QLoRA by part: NF4 with double quantization, what is left in 16 bits, adapters trained in 32 bits."""
-    shape = llama_shape(size)
-    half = estimate_memory(shape, "qlora", r=r, batch=batch, seq=seq, dtype_bytes=2, checkpointing=checkpointing)
-    full = estimate_memory(shape, "qlora", r=r, dtype_bytes=4)
-    matrices = [out * in_ for out, in_ in shape.matrices.values()]
-    codes = shape.num_hidden_layers * sum(map(nf4_bytes, matrices))
-    return {
-        "weights in 4.127 bits": codes,
-        "embeddings, head, norms": half.weights - half.trainable_weights - codes,
-        "adapters": full.trainable_weights,
-        "gradients": full.gradients,
-        "AdamW": full.optimizer,
-        "activations": half.activations,
-        "one weight dequantized": 2 * max(matrices),
-    }
+def qlora_parts(size: str, r: int, seq: int, checkpointing: bool) -> dict[str, int]:
+    """Bytes of QLoRA by part, batch 1: what is not quantized in 16 bits, adapters trained in 32."""
+    return memory_parts(size, "qlora", r=r, seq=seq, checkpointing=checkpointing)
 
 
 PARTS_ZH = {
     "weights in 4.127 bits": "4.127 比特的权重",
-    "embeddings, head, norms": "词嵌入、输出头、归一化",
+    "weights in 16 bits": "16 比特的权重",
     "adapters": "适配器",
     "gradients": "梯度",
-    "AdamW": "AdamW 状态",
+    "optimizer": "优化器状态",
     "activations": "激活值",
     "one weight dequantized": "一个反量化的权重",
 }

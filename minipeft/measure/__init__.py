@@ -1,7 +1,7 @@
 """Flops, bytes and seconds: the numbers that claims, plots, benchmarks and notebooks share."""
 
 from ..backend import count_flops
-from .estimate import estimate_memory, nf4_bytes
+from .estimate import estimate_memory, memory_parts, nf4_bytes
 from .latency import Comparison, Latency, compare_latency, latency
 from .memory import MemoryReport, PeakMemory, format_bytes, memory_report, peak_memory
 from .shapes import LlamaShape, llama_shape
@@ -18,6 +18,7 @@ __all__ = [
     "format_bytes",
     "latency",
     "llama_shape",
+    "memory_parts",
     "memory_report",
     "nf4_bytes",
     "peak_memory",

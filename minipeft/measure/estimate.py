@@ -1,10 +1,11 @@
 """Bytes by formula: the parts of `memory_report` for models that need not be here, or do not fit here.
 
-With P all weights, T the trained ones, Q the quantized matrices (numbers of elements), b bytes a number:
+With P all weights, T the trained ones, Q the quantized matrices (numbers of elements), b bytes a number, and t bytes a
+number of an adapter (of what trains, where that is no adapter, b):
 
-    weights     = (P − Σ Q + adapters)·b + Σ nf4_bytes(Q)
-    gradients   = T·b
-    optimizer   = k·T·b                      k states a number: 0 (SGD), 1 (momentum), 2 (Adam, AdamW), 3 (amsgrad)
+    weights     = (P − Σ Q)·b + Σ nf4_bytes(Q) + adapters·t
+    gradients   = T·t
+    optimizer   = k·T·t                      k states a number: 0 (SGD), 1 (momentum), 2 (Adam, AdamW), 3 (amsgrad)
     activations = see activations.py
 
     full    T = P
@@ -119,19 +120,19 @@ def nf4_bytes(n: int, blocksize: int = 64, second_blocksize: int = 256) -> int:
     return math.ceil(n / 2) + blocks + 4 * math.ceil(blocks / second_blocksize) + 4
 
 
-def weight_bytes(counts: Counts, dtype_bytes: int) -> int:
-    """(frozen + trained)·b + Σ nf4_bytes(Q)."""
-    return (counts.frozen + counts.trained) * dtype_bytes + sum(map(nf4_bytes, counts.quantized))
+def weight_bytes(counts: Counts, dtype_bytes: int, trained_bytes: int) -> int:
+    """frozen·b + trained·t + Σ nf4_bytes(Q)."""
+    return counts.frozen * dtype_bytes + counts.trained * trained_bytes + sum(map(nf4_bytes, counts.quantized))
 
 
-def gradient_bytes(counts: Counts, dtype_bytes: int) -> int:
-    """T·b: a frozen weight has no gradient."""
-    return counts.trained * dtype_bytes
+def gradient_bytes(counts: Counts, trained_bytes: int) -> int:
+    """T·t: a frozen weight has no gradient."""
+    return counts.trained * trained_bytes
 
 
-def optimizer_bytes(counts: Counts, dtype_bytes: int, optimizer: str) -> int:
-    """k·T·b with k = `STATES[optimizer]`: states have the dtype of their parameter."""
-    return STATES[optimizer] * counts.trained * dtype_bytes
+def optimizer_bytes(counts: Counts, trained_bytes: int, optimizer: str) -> int:
+    """k·T·t with k = `STATES[optimizer]`: states have the dtype of their parameter."""
+    return STATES[optimizer] * counts.trained * trained_bytes
 
 
 # --- the estimate -----------------------------------------------------------------------------------------------------
@@ -148,6 +149,7 @@ def estimate_memory(
     optimizer: str = "adamw",
     checkpointing: bool = False,
     targets: str | Iterable[str] = "all-linear",
+    adapter_bytes: int | None = None,
 ) -> MemoryReport:
     """The parts of `memory_report` by formula (see the top of this file): nothing of the model's size is allocated.
 
@@ -161,6 +163,7 @@ def estimate_memory(
         optimizer: "sgd", "momentum", "adam", "adamw" or "amsgrad".
         checkpointing: blocks keep only their input.
         targets: "all-linear", or names of the matrices that get adapters, such as `["q_proj", "v_proj"]`.
+        adapter_bytes: of an adapter's weight, its gradient and states; None: `dtype_bytes`.
 
     Returns:
         The parts in bytes. `activations` of a Module is None unless it is a chain of Linear and ReLU.
@@ -170,7 +173,9 @@ def estimate_memory(
     """
     check_choice("method", method, METHODS)
     check_choice("optimizer", optimizer, STATES)
-    for name, value in {"r": r, "batch": batch, "seq": seq, "dtype_bytes": dtype_bytes}.items():
+    trained_bytes = dtype_bytes if adapter_bytes is None or method == "full" else adapter_bytes
+    sizes = {"r": r, "batch": batch, "seq": seq, "dtype_bytes": dtype_bytes, "adapter_bytes": trained_bytes}
+    for name, value in sizes.items():
         check_count(name, value)
     if isinstance(config_or_size, Module):
         model = config_or_size
@@ -184,9 +189,39 @@ def estimate_memory(
         trained, r = (set(shape.matrices), 0) if method == "full" else (set(_chosen(list(shape.matrices), targets)), r)
         activations = llama_activations(shape, trained, r, batch, seq, checkpointing, dtype_bytes)
     return MemoryReport(
-        weights=weight_bytes(counts, dtype_bytes),
-        gradients=gradient_bytes(counts, dtype_bytes),
-        optimizer=optimizer_bytes(counts, dtype_bytes, optimizer),
+        weights=weight_bytes(counts, dtype_bytes, trained_bytes),
+        gradients=gradient_bytes(counts, trained_bytes),
+        optimizer=optimizer_bytes(counts, trained_bytes, optimizer),
         activations=activations,
-        trainable_weights=counts.trained * dtype_bytes,
+        trainable_weights=counts.trained * trained_bytes,
     )
+
+
+def memory_parts(
+    config_or_size: str | int | Mapping[str, Any] | os.PathLike[str] | LlamaShape,
+    method: str = "lora",
+    *,
+    dtype_bytes: int = 2,
+    adapter_bytes: int | None = 4,
+    **options: Any,
+) -> dict[str, int]:
+    """The table of `minipeft memory`: the estimate for a language model, part by part, with its weights by kind.
+
+    Beside the parts of `estimate_memory`, whose arguments these are, QLoRA needs room for one dequantized weight. By
+    default adapters train in 32 bits beside 16-bit weights, as PEFT keeps them.
+    """
+    shape = config_or_size if isinstance(config_or_size, LlamaShape) else llama_shape(config_or_size)
+    sizes = {"dtype_bytes": dtype_bytes, "adapter_bytes": adapter_bytes}
+    report = estimate_memory(shape, method, **sizes, **options)
+    matrices = [out * in_ for out, in_ in shape.matrices.values()] if method == "qlora" else []
+    codes = shape.num_hidden_layers * sum(map(nf4_bytes, matrices))
+    adapters = 0 if method == "full" else report.trainable_weights
+    return {
+        "weights in 4.127 bits": codes,
+        f"weights in {8 * dtype_bytes} bits": report.weights - adapters - codes,
+        "adapters": adapters,
+        "gradients": report.gradients,
+        "optimizer": report.optimizer,
+        "activations": report.activations,
+        "one weight dequantized": dtype_bytes * max(matrices, default=0),
+    }

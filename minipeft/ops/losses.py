@@ -69,8 +69,8 @@ def linear_cross_entropy(x: Any, weight: Tensor, targets: Any, ignore_index: int
     """cross_entropy(x Wᵀ, targets) for x (N, d) and W (V, d), in pieces: the (N, V) logits never exist.
 
     dx = (p W − W_target)·g/n and dW = (p − onehot)ᵀ x·g/n with p = softmax(x Wᵀ) are formed in the same pass, while a
-    piece of p is at hand, and only scaled in backward (`count_flops` counts them there). A piece is `chunk` rows where W trains, and 32·`chunk` columns,
-    for all rows, where it is frozen. Rows whose target is ignored cost nothing.
+    piece of p is at hand, and only scaled in backward (`count_flops` counts them there). A piece is `chunk` rows where
+    W trains, and 32·`chunk` columns, for all rows, where it is frozen. Rows whose target is ignored cost nothing.
     """
     x, weight = floats("linear_cross_entropy", x, weight)
     check_count("chunk", chunk)

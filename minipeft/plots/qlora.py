@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..ledger.qlora_cost import PARTS_ZH
 from ..quant.codes import nf4_table, normal_float_steps
 from .evidence import figures
 from .style import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILION, fit, panels, source, t
@@ -144,17 +145,8 @@ def static_quantization() -> Figure:
 def seven_billion() -> Figure:
     """What a 7B model needs with QLoRA, part by part, against the document's 5 to 6 GB."""
     parts = figures("qlora.7b")["parts"]
-    chinese = (
-        "4.127 比特的权重",
-        "词嵌入、输出头、归一化",
-        "适配器",
-        "梯度",
-        "AdamW 状态",
-        "激活值",
-        "一个反量化的权重",
-    )
     figure, axes = panels(1, size=(9.5, 4.6))
-    names = [t(name, zh) for name, zh in zip(parts, chinese, strict=True)]
+    names = [t(name, PARTS_ZH[name]) for name in parts]
     sizes = np.array(list(parts.values())) / 1e9
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     axes.axvspan(5, 6, color=ORANGE, alpha=0.35, lw=0)
