@@ -274,13 +274,13 @@ def decoupled() -> Evidence:
         name: [float(np.corrcoef(np.array(moves[name]).T)[0, 1]) for moves in by_seed] for name in by_seed[0]
     }
     shown = ", ".join(f"{name} {' and '.join(f'{c:+.2f}' for c in own)}" for name, own in correlation.items())
-    shown_zh = chinese_marks(shown.replace("full", "全量微调").replace(" and ", "、"))
+    shown_zh = chinese_marks(shown.replace("full", "全参数微调").replace(" and ", "、"))
     return Evidence(
         f"Correlation of ΔM and ΔD over the ViT's {len(by_seed[0]['DoRA'])} projections after 50 steps, by seed: "
         f"{shown}. The paper finds it negative for full fine-tuning and DoRA, positive for LoRA (VL-BART's query "
         "weights).",
         f"训练 50 步后，ViT 的 {len(by_seed[0]['DoRA'])} 个投影矩阵的 ΔM 与 ΔD 的相关系数，逐个种子列出：{shown_zh}。"
-        "论文在 VL-BART 的 query 权重上得到：全量微调和 DoRA 为负，LoRA 为正。",
+        "论文在 VL-BART 的 query 权重上得到：全参数微调和 DoRA 为负，LoRA 为正。",
         figures={
             "correlation": {name: own[0] for name, own in correlation.items()},
             "moves": by_seed[0],

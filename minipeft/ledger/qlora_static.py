@@ -139,7 +139,7 @@ def static_quant() -> Evidence:
         f"每步之后都舍入到最近的编码时，{small:.1%} 的更新不足半个编码间隔，{vanished:.1%} 的更新消失："
         f"{STEPS} 步后损失 {coarse[0]}，准确率 {coarse[1]}；不舍入为 {exact[0]}、{exact[1]}；QLoRA 为 {codes[0]}、"
         f"{codes[1]}。步长放大十倍，准确率为 {large_steps}；随机舍入在平均意义上保住了更新（{random[0]}、"
-        f"{random[1]}），但梯度和优化器状态与全量微调一样多。",
+        f"{random[1]}），但梯度和优化器状态与全参数微调一样多。",
         holds=all(loses.values()) and small > 0.5,
         within=loses["nearest"] and small > 0.5 and vanished > 0.5 and loss["nearest"] > 1.5 * end_of(qlora.losses),
         figures={
