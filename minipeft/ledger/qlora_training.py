@@ -91,7 +91,7 @@ def quality() -> Evidence:
     gap = float(np.mean(reached["full"]) - np.mean(reached["QLoRA"]))
     of_codes = float(np.mean(reached["LoRA"]) - np.mean(reached["QLoRA"]))
     return Evidence(
-        f"MLP on shifted digits, r = 8, {STEPS} steps, {len(seeds)} seeds, loss and accuracy: {text}. QLoRA's accuracy "
+        f"MLP on rotated digits, r = 8, {STEPS} steps, {len(seeds)} seeds, loss and accuracy: {text}. QLoRA's accuracy "
         f"is {100 * gap:.1f} points below full fine-tuning's, of which 4 bits make {100 * of_codes:.1f}.",
         f"MLP，旋转的手写数字，r = 8，{STEPS} 步，{len(seeds)} 个种子，损失与准确率："
         f"{chinese_marks(text).replace('full', '全参数微调')}。QLoRA 的准确率比全参数微调低 {100 * gap:.1f} 个百分点，"
