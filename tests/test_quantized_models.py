@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import tracemalloc
 
 import llama_cases
@@ -32,6 +33,21 @@ def edit_config(directory, **changes):
     data = json.loads(path.read_text())
     data["quantization_config"] = {**(data.get("quantization_config") or {}), **changes}
     path.write_text(json.dumps(data))
+
+
+def store_as(directory, dtype, itemsize, *, but=()):
+    """Call the packed codes in the file another dtype, (bytes ÷ itemsize, 1), as bitsandbytes does: the same bytes."""
+    path = directory / "model.safetensors"
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    packed = {name.partition(".quant_state.")[0] for name in header if ".quant_state." in name}
+    for name in packed.difference(but):
+        start, end = header[name]["data_offsets"]
+        assert (end - start) % itemsize == 0
+        header[name] |= {"dtype": dtype, "shape": [(end - start) // itemsize, 1]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length :])
 
 
 @pytest.fixture
@@ -154,6 +170,31 @@ def test_codes_in_several_files_are_gathered(codes):
     same_tensors(load_model(codes), expected)
 
 
+STORAGES = {
+    "bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4), "float64": ("F64", 8), "int8": ("I8", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_codes_stored_under_another_dtype_are_the_same_codes(codes, storage):
+    """`bnb_4bit_quant_storage`: bytes that would be NaN, or −0, as such numbers come through too."""
+    expected = load_model(codes)
+    edit_config(codes, bnb_4bit_quant_storage=storage)
+    store_as(codes, *STORAGES[storage])
+    model = load_model(codes)
+    same_tensors(model, expected)
+    np.testing.assert_array_equal(model(IDS).data, expected(IDS).data)
+    written = save_model(model, codes.parent / "again")
+    assert json.loads((written / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_storage"] == "uint8"
+    assert {a.dtype.name for n, a in load_file(written / "model.safetensors").items() if n == NAME} == {"uint8"}
+
+
+def test_a_file_decides_how_each_of_its_tensors_is_stored(codes):
+    expected = load_model(codes)
+    store_as(codes, "BF16", 2, but=[NAME])  # and config.json says uint8
+    same_tensors(load_model(codes), expected)
+
+
 def test_the_same_code_may_be_asked_for_again_and_another_is_refused(codes):
     same_tensors(load_model(codes, quantization="nf4"), load_model(codes))
     for other in ("fp4", "int8"):
@@ -198,7 +239,11 @@ def damaged(codes, change):
     [
         (lambda t: t.pop(f"{NAME}.absmax"), rf"'{NAME}.absmax' is missing"),
         (lambda t: t.update({NAME: t[NAME][:-1]}), rf"{NAME}: got \d+ × uint8; shape \(40, 24\) need"),
-        (lambda t: t.update({NAME: t[NAME].astype("float32")}), rf"{NAME}: got \d+ × float32"),
+        (lambda t: t.update({NAME: t[NAME].astype("float32")}), rf"{NAME}: got 1920 × uint8; .* need 480 × uint8"),
+        (
+            lambda t: t.update({NAME: t[NAME].reshape(-1).view("float16")[1:]}),
+            rf"{NAME}: got 478 × uint8; .* need 480 × uint8",
+        ),
         (lambda t: [t.pop(n) for n in list(t) if n.startswith(NAME)], rf"tensors missing: {NAME}"),
         (lambda t: t.pop(f"{NAME}.quant_state.bitsandbytes__nf4"), rf"not in a model of this config: {NAME}.absmax"),
         (lambda t: t.update({"model.norm.weight": np.zeros(24, "uint8")}), "norm.weight holds bytes without a quant"),

@@ -19,16 +19,21 @@ from ..backend import Array, to_numpy
 from ..files import read_json, write_whole
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # NumPy lacks bfloat16: its bits
-CODES = {"U8": "u1"}  # weights that are quantized, and what belongs to them
+CODES = {"U8": "u1", "I8": "i1"}  # weights that are quantized, and what belongs to them
 NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file: its shape, and `read()`, which gives its values, as floats unless they are `codes`."""
+    """A tensor in a file: its shape, and `read()`, which gives its values, as floats unless they are `codes`.
+
+    Of a safetensors file `read_bytes()` gives the same as it lies there, (bytes,) uint8: codes may be kept under a
+    float's name, and as a float they would be converted.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
     codes: bool = False
+    read_bytes: Callable[[], np.ndarray] | None = None
 
 
 def map_file(path: Path, dtype: Any, offset: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -78,7 +83,9 @@ def _stored(
         values = map_file(path, dtypes[dtype], base + start, shape)
         return from_bfloat16(values) if dtype == "BF16" else values
 
-    return StoredTensor(shape, read, dtype in CODES)
+    return StoredTensor(
+        shape, read, dtype in CODES, lambda: map_file(path, np.dtype(np.uint8), base + start, (end - start,))
+    )
 
 
 def from_bfloat16(halves: np.ndarray) -> np.ndarray:

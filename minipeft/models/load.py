@@ -37,7 +37,7 @@ def load_model(path_or_name: str | os.PathLike, dtype: Any = None, quantization:
     `quantization` it is coded before the next one is read: the model in full precision never exists.
 
     A directory whose weights are codes already, by transformers with bitsandbytes in 4 bits or by `save_model`, gives
-    a model that holds those codes, bit for bit.
+    a model that holds those codes, bit for bit, whatever dtype they are stored under (`bnb_4bit_quant_storage`).
 
     Args:
         path_or_name: a Hugging Face directory (config.json with safetensors), a .gguf file, or "smollm2", which
@@ -238,10 +238,15 @@ def _coded(values: np.ndarray, code: str, name: str, path: Path) -> QuantizedTen
 def _stored_codes(
     tensors: dict[str, StoredTensor], group: list[str], parameter: Parameter, path: Path
 ) -> QuantizedTensor:
-    """The codes of one weight, read into memory; ValueError where they do not fit each other or the model."""
+    """The codes of one weight, read into memory; ValueError where they do not fit each other or the model.
+
+    The codes themselves are taken as bytes: by `bnb_4bit_quant_storage` bitsandbytes keeps the same bytes as numbers of
+    another dtype, (bytes ÷ itemsize, 1).
+    """
     name = min(group, key=len)
+    parts = {key: tensors[key].read_bytes() if key == name else tensors[key].read() for key in group}
     try:
-        q = from_state_tensors({key: np.array(tensors[key].read()) for key in group}, name, parameter.dtype)
+        q = from_state_tensors({key: np.array(part) for key, part in parts.items()}, name, parameter.dtype)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if q.shape != parameter.shape:

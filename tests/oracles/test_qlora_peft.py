@@ -46,13 +46,13 @@ def full(tmp_path_factory):
     return save_model(Llama(config, rng=0), tmp_path_factory.mktemp("llama") / "full")
 
 
-def theirs(directory, quant_type=None):
+def theirs(directory, quant_type=None, **chosen):
     """transformers' model, quantized while it is loaded if asked."""
     options = {}
     if quant_type:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_compute_dtype=torch.float32, **chosen,
         )  # fmt: skip
     return transformers.AutoModelForCausalLM.from_pretrained(
         directory, device_map="cpu", dtype=torch.float32, **options
@@ -90,6 +90,21 @@ def test_a_directory_of_theirs_loads_directly_with_the_same_codes(full, tmp_path
     for name, layer in layers:
         weight = model.get_submodule(name).weight
         np.testing.assert_array_equal(layer.weight.data, bnb.dequantize_4bit(weight.data, weight.quant_state).numpy())
+    np.testing.assert_allclose(logits(ours), logits(model), **SAME)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32", "float64", "int8"])
+def test_codes_that_they_store_under_another_dtype_load_like_those_in_bytes(full, tmp_path, storage):
+    model = theirs(full, "nf4", bnb_4bit_quant_storage=storage)
+    model.save_pretrained(tmp_path)
+    from safetensors.torch import load_file
+
+    packed = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert (packed.dtype, packed.shape) == (getattr(torch, storage), (64 * 128 // 2 // packed.itemsize, 1))
+    theirs(full, "nf4").save_pretrained(tmp_path / "bytes")
+    ours, expected = load_model(tmp_path), load_model(tmp_path / "bytes")
+    assert bits(quant.quantized_state_dict(ours)) == bits(quant.quantized_state_dict(expected))
+    np.testing.assert_array_equal(logits(ours), logits(expected))
     np.testing.assert_allclose(logits(ours), logits(model), **SAME)
 
 
