@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 
@@ -224,6 +225,35 @@ def test_adapters_beside_whole_weights_and_saved_modules_go_in_too():
     np.testing.assert_allclose(finished(x).data, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["merge", "requantize"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapted_head_tied_to_the_embeddings_is_merged_apart_from_them(tmp_path, how, use_dora):
+    """The head's update stays out of the embeddings, whose weight it had: else the inputs would change with it."""
+    model = quant.quantize_model(llama_cases.llama("no grouping, tied", "float32"))
+    embeddings = model.model.embed_tokens.weight.data.copy()
+    config = LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False, use_dora=use_dora)
+    model = get_peft_model(model, config).eval()
+    apart = copy.deepcopy(dict(model.adapter_layers())["lm_head"])
+    apart.merge(["default"])
+    head, expected = apart.weight.data, model(IDS).data
+    finished, report = finish_qlora(model, how, inputs=IDS)
+    np.testing.assert_array_equal(finished.model.embed_tokens.weight.data, embeddings)
+    np.testing.assert_array_equal(finished.lm_head.weight.data, head)
+    assert report.rms_error < 1e-5 or how == "requantize"  # 1.5 where the embeddings change too
+    np.testing.assert_allclose(report.rms_error, error_of(finished(IDS).data, expected)[1], rtol=1e-9)
+    again = load_model(save_model(finished, tmp_path))
+    np.testing.assert_array_equal(again(IDS).data, finished(IDS).data)
+
+
+def test_a_tied_head_whose_adapter_is_not_active_stays_tied():
+    base = quant.quantize_model(llama_cases.llama("no grouping, tied", "float32"))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    model.add_adapter("head", LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    finished, report = finish_qlora(model, "merge", inputs=IDS)
+    assert finished.lm_head.weight is finished.model.embed_tokens.weight
+    assert report.rms_error < 1e-5
+
+
 def test_a_report_speaks_and_modes_stay():
     model, x = adapted("mlp")
     model.train()
@@ -282,6 +312,22 @@ def test_finishing_works_on_every_array_library(xp):
     y = finished(xp.asarray(x)).data
     assert get_namespace(y) is xp
     np.testing.assert_allclose(report.max_error, error_of(to_numpy(y), expected)[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["merge", "requantize"])
+def test_a_merge_that_fails_at_a_whole_weight_changes_nothing(how):
+    model = get_peft_model(
+        quant.quantize_model(load_base("mlp"), skip=("fc2",)), LoraConfig(r=2, init_lora_weights=False)
+    ).eval()
+    x = digits.load().test.x[:3]
+    expected = model(x).data
+    factor = dict(model.adapter_layers())["fc2"].lora_B["default"].weight
+    whole, factor.data = factor.data, np.full_like(factor.data, np.nan)
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match=r"^peft_model: fc2 with .* is not finite"):
+        finish_qlora(model, how, inputs=x)
+    factor.data = whole
+    assert model.merged_adapters == []
+    np.testing.assert_array_equal(model(x).data, expected)
 
 
 @pytest.mark.parametrize("how", ["merge", "requantize"])

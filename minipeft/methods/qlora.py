@@ -25,7 +25,7 @@ from ..quant.blockwise import QuantizedTensor, dequantize
 from ..quant.linear import QuantizedLinear
 from ..quant.model import coded, coded_layer, dequantize_model, frozen_in_full_precision
 from ..tensor import no_grad
-from .base import AdapterLayer
+from .base import AdapterLayer, with_own_weight
 from .lora import Lora, LoraLinear, check_r, lora_delta, lora_scaling
 
 # --- LoftQ ------------------------------------------------------------------------------------------------------------
@@ -283,26 +283,30 @@ def _nbytes(model: Module) -> int:
 def _merged(peft_model: Module, layers: dict[str, AdapterLayer], requantize: bool) -> Module:
     """The base with the active adapters inside, as codes again or in full precision."""
     names = list(peft_model.active_adapters)
-    bases = {name: _merged_base(name, layer, names, requantize) for name, layer in layers.items()}
-    for name, layer in peft_model.adapter_layers():
-        if name in bases:
-            layer.base_layer, layer.merged = bases[name], [n for n in names if n in layer.adapters]
-        else:
-            layer.merge(names)
+    adapted = {n: m for n, m in peft_model.adapter_layers() if n in layers or set(names) & set(m.adapters)}
+    bases = {name: _merged_base(name, layer, names, requantize) for name, layer in adapted.items()}
+    for name, layer in adapted.items():
+        layer.base_layer, layer.merged = bases[name], [n for n in names if n in layer.adapters]
     model = peft_model.merge_and_unload()
     return model if requantize else dequantize_model(model)
 
 
 def _merged_base(name: str, layer: AdapterLayer, names: list[str], requantize: bool) -> Linear:
-    """The layer's new base; the layer itself stays as it is."""
-    q, trial = layer.base_layer.quantized, copy.copy(layer)
-    trial.base_layer, trial.merged = layer.base_layer.to_linear(), []
+    """The layer's new base; the layer itself stays as it is, and so does what shares its weight, as embeddings do."""
+    old, trial = layer.base_layer, copy.copy(layer)
+    is_coded = isinstance(old, QuantizedLinear)
+    trial.merged = []
+    if is_coded:
+        trial.base_layer = old.to_linear()
+    elif not layer.unmergeable:
+        trial.base_layer = with_own_weight(old, layer.weight.data)
     trial.merge(names)
-    if not get_namespace(q.codes).isfinite(trial.weight.data).all():
+    if not get_namespace(trial.weight.data).isfinite(trial.weight.data).all():
         raise ValueError(
             f"peft_model: {name} with its adapters {names} merged is not finite; finite weights are accepted"
         )
-    if not requantize:
+    if not (requantize and is_coded):
         return trial.base_layer
+    q = old.quantized
     code = coded(trial.weight.data, q.quant_type, q.blocksize, q.nested)
-    return coded_layer(code.to(dtype=q.dtype), layer.base_layer.bias)
+    return coded_layer(code.to(dtype=q.dtype), old.bias)
