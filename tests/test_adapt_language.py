@@ -170,9 +170,9 @@ def test_resume_refuses_other_data_and_leaves_the_run_alone(tiny, chats):
     assert tensors("here") == before
 
 
-def test_a_method_s_learning_rate_here_is_a_tenth_of_its_own_on_the_digits_where_nothing_else_is_said():
-    assert Settings(data="c.jsonl", method="adalora").lr == pytest.approx(adapt_language.METHODS["adalora"].lr / 10)
-    assert Settings(data="c.jsonl", method="full").lr == adapt_language.METHODS["full"].language_lr
+def test_the_learning_rate_is_the_method_s_own_for_language_models():
+    for method, recipe in adapt_language.METHODS.items():
+        assert Settings(data="c.jsonl", method=method).lr == recipe.language_lr
     assert Settings(data="c.jsonl", lr=0.5).lr == 0.5
 
 
