@@ -31,7 +31,7 @@ class MethodSettings:
     """What every run depends on, named as the command's options; what is None becomes the method's own default.
 
     Raises:
-        ValueError: a method that does not exist, or an option that it does not have.
+        ValueError: a method that does not exist, an option that it does not have, a rate that is not positive.
     """
 
     method: str = "lora"
@@ -46,6 +46,8 @@ class MethodSettings:
     def __post_init__(self) -> None:
         self._check_option("method", METHODS)
         self.lr = getattr(METHODS[self.method], self.rate) if self.lr is None else self.lr
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"--lr: got {self.lr}; a positive number is accepted")
         fill_options(self)
 
     def _check_option(self, option: str, accepted: Collection[str]) -> None:

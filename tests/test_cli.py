@@ -82,6 +82,7 @@ def test_help_lists_the_choices():
         (["train", "--targets", ".*norm"], "only Linear layers are adapted"),
         (["train", "--lr", "-1"], "lr: got -1.0"),
         (["train", "--lr", "nan"], "lr: got nan"),
+        (["train", "--lr", "0"], "--lr: got 0.0; a positive number is accepted"),
         (["train", "--batch-size", "401"], "--batch-size: got 401; 1 to 400 is accepted"),
         (["train", "--out", "file"], "--out: file is a file"),
         (["verify", "Nothing"], "'Nothing'; accepted are LoRA"),

@@ -89,6 +89,8 @@ def _messages(data: Any) -> list[dict[str, str]]:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"message {i}: role {role!r}; accepted are {', '.join(ROLES)}")
+        if "content" not in message:
+            raise ValueError(f'message {i}: no "content"; its keys are {", ".join(map(repr, message))}')
         if not isinstance(content, str):
             raise ValueError(f"message {i}: content is {_kind(content)}; text is accepted")
         if not content.strip():
