@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import files, optim
+from .checks import check_positive
 from .data import digits
 from .ledger.runs import BATCH, STEPS, accuracy
 from .models import BASES, load_base
@@ -46,8 +47,7 @@ class MethodSettings:
     def __post_init__(self) -> None:
         self._check_option("method", METHODS)
         self.lr = getattr(METHODS[self.method], self.rate) if self.lr is None else self.lr
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"--lr: got {self.lr}; a positive number is accepted")
+        check_positive("--lr", self.lr)
         fill_options(self)
 
     def _check_option(self, option: str, accepted: Collection[str]) -> None:

@@ -29,3 +29,19 @@ def check_count(argument: str, value: Any, least: int = 1) -> int:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f"{argument}: got {value!r}; an int of at least {least} is accepted")
     return int(value)
+
+
+def check_positive(argument: str, value: Any) -> float:
+    """`value` as a Python number.
+
+    Raises:
+        ValueError: it is no number, or not in (0, ∞).
+    """
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"{argument}: got {value!r}; a positive number is accepted")
+    return value if isinstance(value, int) else float(value)
+
+
+def shape_or_type(x: Any) -> Any:
+    """For messages: (2, 3), or the name of the type of what is no array."""
+    return getattr(x, "shape", type(x).__name__)

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import Array, get_namespace, matmul
-from ..checks import check_count
+from ..checks import check_count, shape_or_type
 from ..nn import Parameter
 from ..tensor import Tensor, joint_result
-from .lora import shape_or_type
 
 # --- the update and its orthogonal factors ----------------------------------------------------------------------------
 

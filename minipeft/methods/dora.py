@@ -12,12 +12,12 @@ from typing import Any
 
 from .. import backend, ops
 from ..backend import Array, get_namespace
-from ..checks import check_choice
+from ..checks import check_choice, shape_or_type
 from ..nn import Module, Parameter
 from ..quant.linear import QuantizedWeight, quantized_linear
 from ..tensor import Tensor, joint_result
 from .base import AdapterLayer
-from .lora import _DORA_CHOICES, Lora, LoraLinear, check_factors, lora_delta, shape_or_type
+from .lora import _DORA_CHOICES, Lora, LoraLinear, check_factors, lora_delta
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
 

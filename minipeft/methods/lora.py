@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import backend, ops
 from ..backend import Array, get_namespace
-from ..checks import check_choice, check_count, check_flag
+from ..checks import check_choice, check_count, check_flag, check_positive, shape_or_type
 from ..nn import Dropout, Linear, Module, Parameter
 from ..quant.linear import QuantizedLinear, QuantizedWeight
 from ..tensor import Tensor, multi_result
@@ -68,11 +68,6 @@ def check_factors(A: Array, B: Array) -> None:
     """Raise ValueError unless A and B are matrices (r, in) and (out, r)."""
     if getattr(A, "ndim", None) != 2 or getattr(B, "ndim", None) != 2 or B.shape[1] != A.shape[0]:
         raise ValueError(f"A (r, in) and B (out, r): got {shape_or_type(A)} and {shape_or_type(B)}")
-
-
-def shape_or_type(x: Any) -> Any:
-    """For messages: (2, 3), or the name of the type of what is no array."""
-    return getattr(x, "shape", type(x).__name__)
 
 
 INITS = ("kaiming", "gaussian", "gaussian_b", "both", "pissa", "olora")
@@ -518,17 +513,6 @@ def _names(argument: str, names: Any) -> list[str]:
     if not listed or not all(isinstance(name, str) for name in listed):
         raise ValueError(f"{argument}: got {names!r}; a list of names is accepted")
     return sorted(set(listed))
-
-
-def check_positive(argument: str, value: Any) -> float:
-    """`value` as a Python number.
-
-    Raises:
-        ValueError: it is no number, or not in (0, ∞).
-    """
-    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ValueError(f"{argument}: got {value!r}; a positive number is accepted")
-    return value if isinstance(value, int) else float(value)
 
 
 def _checked_pattern(argument: str, pattern: Any, check: Callable[[str, Any], Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from .. import backend, threads
 from ..backend import Array, get_namespace
-from ..checks import check_choice, check_count
+from ..checks import check_choice, check_count, check_positive, shape_or_type
 from ..module import in_mode
 from ..nn import Dropout, Module
 from ..progress import counting_bar
@@ -30,7 +30,7 @@ from ..quant.linear import QuantizedLinear
 from ..rank import energy
 from ..tensor import Tensor, enable_grad
 from .base import AdapterLayer
-from .lora import Lora, LoraLinear, check_factors, check_positive, lora_scaling, shape_or_type
+from .lora import Lora, LoraLinear, check_factors, lora_scaling
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from .. import backend
 from ..backend import Array, get_namespace, matmul
-from ..checks import check_choice
+from ..checks import check_choice, shape_or_type
 from ..nn import Module, Parameter
 from ..optim import Adam, Optimizer
-from .lora import Lora, LoraConfig, LoraLinear, check_factors, shape_or_type
+from .lora import Lora, LoraConfig, LoraLinear, check_factors
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
